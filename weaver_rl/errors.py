@@ -1,0 +1,63 @@
+"""The one tree of errors. Each says what was seen and what to write instead; each survives pickling (Ray carries it).
+
+Errors of a user's making (`UserError`) are printed without a traceback. Everything else is a defect of ours.
+A rollout that went wrong is a value with a status, never one of these.
+"""
+
+from __future__ import annotations
+
+
+class WeaverRLError(Exception):
+    """Base of every error this package raises on purpose."""
+
+
+class UserError(WeaverRLError):
+    """Something the user can mend: printed as one message, no traceback, exit code 2."""
+
+
+class ConfigError(UserError, ValueError):
+    """A configuration that cannot be used; names the key, what was seen and what is allowed."""
+
+
+class TaskError(UserError, ValueError):
+    """A task's data that cannot be used; names the file and row."""
+
+
+class ModelError(UserError, ValueError):
+    """A model or tokenizer that cannot be loaded or does not fit its task."""
+
+
+class RewardError(UserError, ValueError):
+    """A reward plugin that cannot be loaded or called at all (one bad rollout is no error, it is a missing reward)."""
+
+
+class MissingRewardsError(UserError, RuntimeError):
+    """More rewards were missing in a step than the configuration allows; carries the reasons."""
+
+
+class BatchError(UserError, ValueError):
+    """Data that a learner operation refuses: names the datum and the field. Nothing was accumulated."""
+
+
+class ResourcesError(UserError, RuntimeError):
+    """The cluster cannot give what the configuration asks for; prints asked and available."""
+
+
+class WeightSyncError(WeaverRLError, RuntimeError):
+    """A sampler whose weights disagree with the learner's after a second try; names the sampler."""
+
+
+class LogprobGapError(WeaverRLError, RuntimeError):
+    """Sampler and learner disagree about log-probabilities by more than the limit; names the likely cause."""
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint that cannot be written or read."""
+
+
+class ActorFailedError(WeaverRLError, RuntimeError):
+    """An actor died or missed its deadline; names the actor, what it was doing and for how long."""
+
+
+class EngineError(WeaverRLError, RuntimeError):
+    """The inference engine refused a request or stopped; names the request."""
