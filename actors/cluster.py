@@ -1,0 +1,122 @@
+"""Ray itself: joining or starting a cluster, granting a placement, and leaving nothing behind. It spawns no actor."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+
+from weaver_rl.errors import ResourcesError
+from weaver_rl.placement import ClusterConfig, Placement, check_fits, shortage
+
+LOCAL = "local"
+
+
+@contextlib.contextmanager
+def connected(cluster: ClusterConfig, logs: Path) -> Iterator[None]:
+    """Joins the cluster of the configuration or of RAY_ADDRESS; without either, starts one on this machine and ends it.
+
+    A started cluster leaves no process and no temporary directory; when the block fails its logs are kept in `logs`.
+
+    Raises:
+        ResourcesError: no cluster answers at that address.
+    """
+    address = cluster.address or os.environ.get("RAY_ADDRESS") or LOCAL
+    if address == LOCAL:
+        with _local_cluster(logs):
+            yield
+        return
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise ResourcesError(
+            f"no Ray cluster answers at {address} ({_first_line(error)}). Start one with `ray start --head`, give "
+            "another address, or leave it out to use this machine alone."
+        ) from None
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+@contextlib.contextmanager
+def _local_cluster(logs: Path) -> Iterator[None]:
+    # Paths of sockets below it may have 107 characters at most, so it cannot be inside the run folder.
+    session = Path(tempfile.mkdtemp(prefix="weaver-rl-"))
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        ray.init(
+            address=LOCAL,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=str(session),
+        )
+        # ray.init puts its own handler of SIGTERM in place, which would skip our end of the run.
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        yield
+    except BaseException:
+        with contextlib.suppress(OSError):
+            shutil.copytree(
+                session / "session_latest" / "logs", logs / "ray", dirs_exist_ok=True, ignore_dangling_symlinks=True
+            )
+        raise
+    finally:
+        ray.shutdown()
+        shutil.rmtree(session, ignore_errors=True)
+
+
+def cluster_gpus() -> float:
+    """GPUs of the whole cluster."""
+    resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+    return float(resources.get("GPU", 0.0))
+
+
+def cpus_per_node() -> int:
+    """CPUs of the smallest node."""
+    return max(1, int(min(resources.get("CPU", 1.0) for resources in _live_nodes())))
+
+
+@contextlib.contextmanager
+def granted(placement: Placement, timeout_s: float) -> Iterator[PlacementGroup]:
+    """Reserves the bundles for the length of the block.
+
+    Raises:
+        ResourcesError: the cluster has too little, or does not free enough within `timeout_s`.
+    """
+    check_fits(placement, _available(), _live_nodes())
+    group = placement_group([dict(bundle) for bundle in placement.bundles], strategy="PACK")
+    try:
+        ready, _ = ray.wait([group.ready()], timeout=timeout_s)
+        if not ready:
+            raise ResourcesError(f"after {timeout_s:g} s: " + shortage(placement, _available()))
+        yield group
+    finally:
+        if ray.is_initialized():
+            remove_placement_group(group)
+
+
+def _live_nodes() -> list[Mapping[str, float]]:
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]
+    return [node["Resources"] for node in nodes if node["Alive"]]
+
+
+def _available() -> Mapping[str, float]:
+    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]
+    return free
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,213 @@
+"""A learner rank's process, and all ranks as one for the controller. It knows neither sampling nor rewards."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import ray
+
+from actors.calls import answer
+from actors.object_store import Chunk, publish
+from weaver_rl.errors import BatchError
+from weaver_rl.learner.config import LearnerConfig
+from weaver_rl.learner.microbatches import Shard, shard_data, unshard
+from weaver_rl.losses.config import LossConfig
+from weaver_rl.types import (
+    AdamParams,
+    Datum,
+    ForwardBackwardOutput,
+    ForwardOutput,
+    OptimStepOutput,
+    PublishedWeights,
+)
+from weaver_rl.weights.config import Transport
+
+if TYPE_CHECKING:
+    from weaver_rl.learner.learner import Learner
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LearnerSpec:
+    """Everything a rank needs to start."""
+
+    model_dir: Path
+    config: LearnerConfig
+    rank: int
+    seed: int
+    master_addr: str
+    master_port: int | None
+    transport: Transport
+    chunk_bytes: int
+
+
+class LearnerRank:
+    """One rank. Made first (which imports torch), started when the model and the other ranks' address are there."""
+
+    def __init__(self) -> None:
+        import transformers  # noqa: F401
+
+        self._learner: Learner | None = None
+
+    def free_address(self) -> tuple[str, int]:
+        """Where the ranks can meet: this node's address and a port free just now."""
+        address = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]
+        with socket.socket() as probe:
+            probe.bind((address, 0))
+            return address, int(probe.getsockname()[1])
+
+    def start(self, spec: LearnerSpec) -> int:
+        """Loads the policy; returns its number of parameters."""
+        from weaver_rl.learner.learner import Learner
+
+        self._spec = spec
+        self._learner = Learner(
+            spec.model_dir,
+            spec.config,
+            rank=spec.rank,
+            world_size=spec.config.num_ranks,
+            master_addr=spec.master_addr,
+            master_port=spec.master_port,
+            seed=spec.seed,
+        )
+        return self._learner.num_parameters
+
+    def forward(self, data: Sequence[Datum], temperature: float) -> ForwardOutput:
+        return self._running().forward(data, temperature)
+
+    def forward_backward(
+        self, data: Sequence[Datum], loss: LossConfig, sum_weights: float, temperature: float
+    ) -> ForwardBackwardOutput:
+        return self._running().forward_backward(data, loss, sum_weights, temperature)
+
+    def optim_step(self, params: AdamParams) -> OptimStepOutput:
+        return self._running().optim_step(params)
+
+    def zero_grad(self) -> None:
+        self._running().zero_grad()
+
+    def publish_weights(self, version: int) -> PublishedWeights | None:
+        """Puts the weights into the object store. Every rank takes part in gathering them, rank 0 answers."""
+        published = publish(version, self._chunks())
+        return published if self._spec.rank == 0 else None
+
+    def save_state(self, directory: Path) -> None:
+        self._running().save_state(directory)
+
+    def load_state(self, directory: Path) -> None:
+        self._running().load_state(directory)
+
+    def save_hf(self, directory: Path) -> None:
+        self._running().save_hf(directory)
+
+    def close(self) -> None:
+        if self._learner is not None:
+            self._learner.close()
+
+    def _chunks(self) -> Iterator[Chunk]:
+        for chunk in self._running().state_chunks(self._spec.chunk_bytes, dtype="float32"):
+            if chunk:
+                # The learner updates its weights in place: without the copy that `ray.put` makes, a sampler could
+                # read half of an update. `numpy()` alone shares memory, `put` copies it.
+                yield {name: tensor.detach().cpu().numpy() for name, tensor in chunk.items()}
+
+    def _running(self) -> Learner:
+        if self._learner is None:
+            raise RuntimeError("the learner was used before start()")
+        return self._learner
+
+
+class RayLearnerGroup:
+    """All ranks as one: shards data by tokens, puts answers back into order.
+
+    Args:
+        ranks: handles of `LearnerRank`, by rank, all started.
+        timeout_s: how long one operation may take.
+    """
+
+    def __init__(self, ranks: Sequence[Any], timeout_s: float) -> None:
+        self._ranks = list(ranks)
+        self._timeout_s = timeout_s
+
+    async def forward(self, data: Sequence[Datum], temperature: float = 1.0) -> ForwardOutput:
+        shards = self._shards(data)
+        outputs = await self._all(
+            "forward", [rank.forward.remote(shard.data, temperature) for rank, shard in self._pairs(shards)]
+        )
+        return ForwardOutput(logprobs_per_datum=unshard(shards, [output.logprobs_per_datum for output in outputs]))
+
+    async def forward_backward(
+        self, data: Sequence[Datum], loss: LossConfig, temperature: float = 1.0
+    ) -> ForwardBackwardOutput:
+        """Accumulates gradients of the whole batch's loss, whatever the number of ranks."""
+        shards = self._shards(data)
+        sum_weights = _sum_weights(data)
+        outputs: list[ForwardBackwardOutput] = await self._all(
+            "forward_backward",
+            [
+                rank.forward_backward.remote(shard.data, loss, sum_weights, temperature)
+                for rank, shard in self._pairs(shards)
+            ],
+        )
+        return ForwardBackwardOutput(
+            loss=outputs[0].loss,
+            num_tokens=sum(len(datum.token_ids_N) for datum in data),
+            sum_weights=sum_weights,
+            logprobs_per_datum=unshard(shards, [output.logprobs_per_datum for output in outputs]),
+            metrics=outputs[0].metrics,
+        )
+
+    async def optim_step(self, params: AdamParams) -> OptimStepOutput:
+        outputs: list[OptimStepOutput] = await self._all(
+            "optim_step", [rank.optim_step.remote(params) for rank in self._ranks]
+        )
+        return outputs[0]
+
+    async def publish_weights(self, version: int) -> PublishedWeights:
+        published: list[PublishedWeights] = await self._all(
+            "publish_weights", [rank.publish_weights.remote(version) for rank in self._ranks]
+        )
+        return published[0]
+
+    async def save_state(self, directory: Path) -> None:
+        # Ranks may run with another working directory: only an absolute path means the same to all.
+        await self._all("save_state", [rank.save_state.remote(directory.resolve()) for rank in self._ranks])
+
+    async def load_state(self, directory: Path) -> None:
+        await self._all("load_state", [rank.load_state.remote(directory.resolve()) for rank in self._ranks])
+
+    async def save_hf(self, directory: Path) -> None:
+        await self._all("save_hf", [rank.save_hf.remote(directory.resolve()) for rank in self._ranks])
+
+    def _shards(self, data: Sequence[Datum]) -> tuple[Shard, ...]:
+        return shard_data(data, len(self._ranks))
+
+    def _pairs(self, shards: tuple[Shard, ...]) -> Iterator[tuple[Any, Shard]]:
+        return zip(self._ranks, shards, strict=True)
+
+    async def _all(self, doing: str, references: Sequence[Any]) -> list[Any]:
+        """Every rank's answer. Ranks wait for each other: the first failure is the cause, the rest only hang on it."""
+        async with asyncio.TaskGroup() as tasks:
+            waiting = [
+                tasks.create_task(
+                    answer(reference, actor=f"learner rank {rank}", doing=doing, timeout_s=self._timeout_s)
+                )
+                for rank, reference in enumerate(references)
+            ]
+        return [task.result() for task in waiting]
+
+
+def _sum_weights(data: Sequence[Datum]) -> float:
+    """The normaliser of a request: sum of `weights` over all data, ranks and micro-batches, in float64."""
+    total = 0.0
+    for datum in data:
+        inputs: Mapping[str, Any] = datum.loss_fn_inputs
+        if "weights" not in inputs:
+            raise BatchError(f"datum {datum.datum_id!r}: loss_fn_inputs['weights'] is missing")
+        total += float(np.sum(inputs["weights"], dtype=np.float64))
+    return total

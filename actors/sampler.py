@@ -1,0 +1,111 @@
+"""A sampler process: one engine in a thread of its own, asked over Ray. It knows neither rewards nor training."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from actors.object_store import tensors
+from weaver_rl.engines.loop import EngineLoop
+from weaver_rl.engines.vllm import VllmEngine, prepare_process
+from weaver_rl.rollout import SamplingConfig
+from weaver_rl.types import Float32Array, GroupSample, PublishedWeights, SampleRequest
+from weaver_rl.weights.config import Transport
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplerSpec:
+    """Everything a sampler needs to start its engine."""
+
+    name: str
+    model_dir: Path
+    engine_args: dict[str, Any]
+    seed: int
+    """Engine seed, different for every sampler."""
+    stop_token_ids: tuple[int, ...]
+    tensor_parallel: int
+    transport: Transport
+    start_timeout_s: float
+
+
+class Sampler:
+    """One sampler. Made first (which imports vLLM), started when the model is there."""
+
+    def __init__(self, num_threads: int | None) -> None:
+        prepare_process(num_threads)
+        self._loop: EngineLoop | None = None
+        # The import takes as long as the engine's start; it happens while the model is still being prepared.
+        self._imports = threading.Thread(target=_import_vllm, name="import-vllm")
+        self._imports.start()
+
+    async def start(self, spec: SamplerSpec) -> int:
+        """Builds the engine; returns its limit of tokens in a sequence."""
+        self._spec = spec
+        await asyncio.to_thread(self._imports.join)
+        build = partial(
+            VllmEngine,
+            model_dir=spec.model_dir,
+            name=spec.name,
+            engine_args=spec.engine_args,
+            seed=spec.seed,
+            stop_token_ids=spec.stop_token_ids,
+            tensor_parallel=spec.tensor_parallel,
+            weight_transfer=None if spec.transport == "object_store" else spec.transport,
+        )
+        self._loop = EngineLoop(build)
+        await asyncio.to_thread(self._loop.wait_started, spec.start_timeout_s)
+        return int(await self._call(lambda engine: engine.max_model_len))
+
+    async def generate(self, requests: Sequence[SampleRequest], sampling: SamplingConfig) -> AsyncIterator[GroupSample]:
+        """Samples all groups, yielding each when it is complete.
+
+        With nothing in flight it starts from an empty prefix cache: the same requests then meet the same engine,
+        whatever ran before, and a resumed run equals an uninterrupted one bit for bit.
+        """
+        futures = self._running().submit(requests, sampling, cold=True)
+        for done in asyncio.as_completed([asyncio.wrap_future(future) for future in futures]):
+            yield await done
+
+    async def score(self, token_ids: Sequence[int]) -> Float32Array:
+        """Log-probabilities (N-1,) of a fixed sequence at temperature 1."""
+        return await asyncio.wrap_future(self._running().score(token_ids))
+
+    async def load_weights(self, weights: PublishedWeights) -> None:
+        """Loads a version and drops what was cached under older ones."""
+        for reference in weights.handle or ():
+            chunk = await reference
+            await self._call(lambda engine, chunk=chunk: engine.load_weights(tensors(chunk)))
+        await self._call(lambda engine: engine.finish_load(weights.version))
+
+    async def call_workers(self, method: str, *args: Any) -> None:
+        """One call of vLLM's weight-transfer API, on every worker of the engine."""
+        await self._call(lambda engine: engine.call_workers(method, *args))
+
+    async def sleep(self) -> None:
+        """Frees the GPU for a colocated learner."""
+        await self._call(lambda engine: engine.sleep())
+
+    async def wake_up(self) -> None:
+        await self._call(lambda engine: engine.wake_up())
+
+    async def close(self) -> None:
+        """Ends the engine and its worker processes."""
+        if self._loop is not None:
+            await asyncio.to_thread(self._loop.close)
+
+    async def _call(self, function: Any) -> Any:
+        return await asyncio.wrap_future(self._running().call(function))
+
+    def _running(self) -> EngineLoop:
+        if self._loop is None:
+            raise RuntimeError("the sampler was used before start()")
+        return self._loop
+
+
+def _import_vllm() -> None:
+    import vllm.v1.engine.llm_engine  # noqa: F401

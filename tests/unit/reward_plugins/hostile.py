@@ -1,0 +1,170 @@
+"""Reward functions that go wrong in every way a user's can; `prompt.columns["does"]` says which. They know no test."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import itertools
+import os
+import subprocess
+import sys
+import threading
+import time
+from decimal import Decimal
+from typing import Any
+
+import numpy as np
+
+from weaver_rl.types import Rollout
+
+HOARD: list[bytearray] = []
+
+
+def endless_loop_in_c() -> None:
+    sum(itertools.repeat(0))
+
+
+def eat_memory() -> None:
+    while True:
+        HOARD.append(bytearray(32 * 2**20))
+
+
+def recurse() -> None:
+    recurse()
+
+
+def segfault() -> None:
+    print("about to segfault", file=sys.stderr)
+    ctypes.string_at(0)
+
+
+def fork_and_return() -> float:
+    os.fork()
+    return 1.0
+
+
+def print_endlessly() -> None:
+    while True:
+        print("x" * 1000)
+
+
+def leave_grandchildren_and_hang(path: str) -> None:
+    """One in our process group, one in a session of its own; both hold every descriptor that a fork inherits."""
+    sleep = [sys.executable, "-c", "import time; time.sleep(600)"]
+    pids = [subprocess.Popen(sleep).pid, subprocess.Popen(sleep, start_new_session=True).pid]
+    if (forked := os.fork()) == 0:
+        time.sleep(600)
+    with open(path, "w") as file:  # noqa: PTH123
+        file.write(" ".join(map(str, [*pids, forked])))
+    endless_loop_in_c()
+
+
+def leave_a_forked_holder_and_die() -> None:
+    if os.fork() == 0:
+        time.sleep(600)
+    os._exit(5)
+
+
+def raise_value_error() -> None:
+    raise ValueError("bad\nthing")
+
+
+def close_every_descriptor() -> None:
+    os.closerange(3, 256)
+
+
+def poison() -> float:
+    """Scores well and kills the process a moment later, while the next rollout is judged."""
+    threading.Timer(0.1, os._exit, (7,)).start()
+    return 1.0
+
+
+class Unprintable:
+    def __repr__(self) -> str:
+        raise RuntimeError("no repr")
+
+
+ACTIONS: dict[str, Any] = {
+    "exception": raise_value_error,
+    "nan": lambda: float("nan"),
+    "inf": lambda: float("inf"),
+    "minus_inf": lambda: float("-inf"),
+    "none": lambda: None,
+    "str": lambda: "0.5",
+    "complex": lambda: 1j,
+    "list": lambda: [1.0],
+    "lambda": lambda: lambda: 1.0,
+    "unprintable": Unprintable,
+    "huge": lambda: 10**400,
+    "beyond_float32": lambda: 1e39,
+    "system_exit": lambda: sys.exit(0),
+    "keyboard_interrupt": lambda: (_ for _ in ()).throw(KeyboardInterrupt()),
+    "recursion": recurse,
+    "stdin": input,
+    "os_exit": lambda: os._exit(3),
+    "segfault": segfault,
+    "abort": os.abort,
+    "memory": eat_memory,
+    "memory_at_once": lambda: bytearray(2**40),
+    "endless_python": lambda: all(True for _ in itertools.count()),
+    "endless_c": endless_loop_in_c,
+    "endless_print": print_endlessly,
+    "closed_channel": close_every_descriptor,
+    "forked_holder": leave_a_forked_holder_and_die,
+    "bool": lambda: True,
+    "int": lambda: 1,
+    "numpy": lambda: np.float32(1.0),
+    "numpy_bool": lambda: np.bool_(True),
+    "numpy_0d": lambda: np.array(1),
+    "decimal": lambda: Decimal(1),
+    "fork_and_return": fork_and_return,
+    "noisy": lambda: print("chatter" * 10_000) or 1.0,
+    "poison": poison,
+    "slow": lambda: time.sleep(0.2) or 1.0,
+}
+
+
+def misbehave(rollout: Rollout) -> Any:
+    does = rollout.prompt.columns.get("does")
+    if does == "grandchildren":
+        return leave_grandchildren_and_hang(rollout.prompt.columns["path"])
+    return ACTIONS[does]() if does else 1.0
+
+
+def batched(rollouts: list[Rollout]) -> Any:
+    does = {rollout.prompt.columns.get("does") for rollout in rollouts}
+    if "wrong_length" in does:
+        return [1.0, 1.0]
+    if "no_list" in does:
+        return 1.0
+    return [misbehave(rollout) for rollout in rollouts]
+
+
+async def concurrently(rollout: Rollout) -> Any:
+    does = rollout.prompt.columns.get("does")
+    if does == "await_forever":
+        await asyncio.Event().wait()
+    if does == "ignore_cancellation":
+        while True:
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                continue
+    if does == "blocks_often":
+        for _ in range(6):
+            time.sleep(0.1)
+            await asyncio.sleep(0)
+    if does == "awaits":
+        await asyncio.sleep(0.2)
+        return 1.0
+    await asyncio.sleep(0)
+    return misbehave(rollout) if does != "blocks_often" else 1.0
+
+
+async def batched_async(rollouts: list[Rollout]) -> list[Any]:
+    await asyncio.sleep(0)
+    return [misbehave(rollout) for rollout in rollouts]
+
+
+def length(rollout: Rollout) -> float:
+    return float(len(rollout.text))

@@ -1,0 +1,353 @@
+"""Every way in which a user's reward function can go wrong, provoked in real worker processes."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil  # type: ignore[import-untyped]
+import pytest
+
+from weaver_rl.errors import RewardError
+from weaver_rl.rewards.config import RewardSpec, RewardWorkersConfig
+from weaver_rl.rewards.pool import RewardWorker
+from weaver_rl.types import Completion, Prompt, RewardComponent, Rollout
+
+pytestmark = pytest.mark.unit
+
+PLUGINS = Path(__file__).parent / "reward_plugins"
+WORKERS = RewardWorkersConfig(timeout_s=0.5, memory_limit_mb=64, start_timeout_s=30)
+
+
+def make_rollout(does: str | None = None, *, text: str = "four", **columns: Any) -> Rollout:
+    completion = Completion(
+        token_ids_L=np.arange(3, dtype=np.int32),
+        logprobs_L=np.zeros(3, np.float32),
+        versions_L=np.zeros(3, np.int32),
+        stop_reason="stop",
+    )
+    prompt = Prompt(prompt_id="p", text="?", token_ids_P=(1,), columns={"does": does, **columns} if does else {})
+    return Rollout(rollout_id=f"r-{does}", prompt=prompt, completion=completion, text=text)
+
+
+def make_worker(*names: str, **options: Any) -> RewardWorker:
+    specs = [RewardSpec(name=f"hostile.py:{name}") for name in names]
+    return RewardWorker(specs=specs, workers=options.pop("workers", WORKERS), base_dir=PLUGINS, **options)
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Callable[..., RewardWorker]]:
+    """One worker for each list of functions in the module: what one test does to it must not harm the next."""
+    made: dict[tuple[str, ...], RewardWorker] = {}
+
+    def worker_for(*names: str) -> RewardWorker:
+        return made.setdefault(names, made.get(names) or make_worker(*names))
+
+    yield worker_for
+    for worker in made.values():
+        worker.kill()
+
+
+@pytest.fixture
+def each_worker(workers: Callable[..., RewardWorker]) -> RewardWorker:
+    return workers("misbehave", "length")
+
+
+def score(worker: RewardWorker, *rollouts: Rollout) -> list[list[RewardComponent]]:
+    """Components by spec: [spec][rollout]."""
+    scored = asyncio.run(worker.score(rollouts))
+    return [list(column) for column in zip(*scored, strict=True)]
+
+
+def wait_for_death(pid: int, timeout_s: float = 5.0) -> bool:
+    try:
+        pidfd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        poll = select.poll()
+        poll.register(pidfd, select.POLLIN)
+        return bool(poll.poll(timeout_s * 1000))
+    finally:
+        os.close(pidfd)
+
+
+MISSING = {
+    "exception": r"raised ValueError: bad thing \(hostile.py:\d+\)",
+    "nan": "returned NaN",
+    "inf": "returned inf",
+    "minus_inf": "returned -inf",
+    "none": "returned None, not a number",
+    "str": "returned a str, not a number: '0.5'",
+    "complex": "returned a complex, not a number: 1j",
+    "list": "returned a list, not a number",
+    "lambda": "returned a function, not a number: <function",
+    "unprintable": "returned an Unprintable, not a number",
+    "huge": "too large for a float",
+    "beyond_float32": "beyond float32: 1e",
+    "system_exit": "raised SystemExit: 0",
+    "keyboard_interrupt": "raised KeyboardInterrupt",
+    "recursion": "raised RecursionError: maximum recursion depth",
+    "stdin": "raised EOFError",
+    "os_exit": "the worker process exited with code 3",
+    "segfault": "the worker process died with signal SIGSEGV: about to segfault .*hostile.py",
+    "abort": "died with signal SIGABRT",
+    "memory": r"used more than 64 MiB .*memory_limit_mb",
+    "memory_at_once": r"used more than 64 MiB .*memory_limit_mb",
+    "endless_python": r"ran longer than 0\.5 s and was killed",
+    "endless_c": r"ran longer than 0\.5 s and was killed",
+    "endless_print": r"ran longer than 0\.5 s and was killed",
+    "closed_channel": "its channel|exited with code",
+    "forked_holder": "exited with code 5",
+}
+
+
+@pytest.mark.parametrize("does", MISSING)
+def test_a_failure_is_missing_with_its_reason_and_harms_no_other_score(each_worker: RewardWorker, does: str) -> None:
+    bad, length = score(each_worker, make_rollout(), make_rollout(does), make_rollout())
+    assert [component.value for component in bad] == [1.0, None, 1.0]
+    assert bad[0].missing is None
+    assert re.search(MISSING[does], str(bad[1].missing)), bad[1].missing
+    assert [component.value for component in length] == [4.0, 4.0, 4.0]
+    assert {component.name for component in bad} == {"hostile.py:misbehave"}
+
+
+def test_numbers_of_every_kind_are_accepted(each_worker: RewardWorker) -> None:
+    kinds = ["bool", "int", "numpy", "numpy_bool", "numpy_0d", "decimal", "noisy", "fork_and_return"]
+    values = score(each_worker, *map(make_rollout, kinds))[0]
+    assert [(kind, c.value, c.missing) for kind, c in zip(kinds, values, strict=True)] == [(k, 1.0, None) for k in kinds]
+    assert all(type(component.value) is float for component in values)
+
+
+def test_seconds_are_measured(each_worker: RewardWorker) -> None:
+    slow, hung = score(each_worker, make_rollout("slow"), make_rollout("endless_c"))[0]
+    assert 0.2 <= slow.seconds < 0.5
+    assert hung.seconds >= 0.5
+
+
+def test_what_a_rollout_leaves_behind_is_not_blamed_on_the_next(each_worker: RewardWorker) -> None:
+    poisoned, innocent = score(each_worker, make_rollout("poison"), make_rollout("slow"))[0]
+    assert (poisoned.value, innocent.value, innocent.missing) == (1.0, 1.0, None)
+
+
+class Unpicklable:
+    def __reduce__(self) -> Any:
+        raise RuntimeError("not me")
+
+
+class RaisesWhenRead:
+    def __reduce__(self) -> Any:
+        return (int, ("not a number",))
+
+
+def test_rollouts_that_cannot_be_sent_or_read_spoil_no_other() -> None:
+    worker = make_worker("misbehave", "batched", "concurrently")
+    rollouts = make_rollout(), make_rollout("int", y=Unpicklable()), make_rollout("int", y=RaisesWhenRead())
+    try:
+        columns = score(worker, *rollouts)
+    finally:
+        worker.kill()
+    for components in columns:
+        assert components[0].value == 1.0
+        assert "could not be pickled: RuntimeError: not me" in str(components[1].missing)
+        assert "could not be unpickled in the reward worker: ValueError" in str(components[2].missing)
+
+
+@pytest.mark.parametrize(
+    ("function", "does", "reason"),
+    [
+        ("batched", "exception", "raised ValueError"),
+        ("batched", "none", "returned None"),
+        ("batched", "os_exit", "exited with code 3"),
+        ("batched", "memory", "used more than 64 MiB"),
+        ("batched", "wrong_length", "returned 2 values, not one for each of the 1 rollouts"),
+        ("batched", "no_list", "raised TypeError"),
+        ("batched", "endless_c", "ran longer than"),
+        ("batched_async", "exception", "raised ValueError"),
+        ("concurrently", "exception", "raised ValueError"),
+        ("concurrently", "system_exit", "raised SystemExit"),
+        ("concurrently", "os_exit", "exited with code 3"),
+        ("concurrently", "memory", "used more than 64 MiB"),
+        ("concurrently", "await_forever", "ran longer than 0.5 s and was cancelled"),
+        ("concurrently", "ignore_cancellation", "ran longer than 0.5 s and was cancelled"),
+    ],
+)
+def test_only_the_culprit_of_a_batch_goes_missing(
+    workers: Callable[..., RewardWorker], function: str, does: str, reason: str
+) -> None:
+    components = score(workers(function), make_rollout(), make_rollout(does), make_rollout())[0]
+    assert [component.value for component in components] == [1.0, None, 1.0]
+    assert reason in str(components[1].missing)
+
+
+def test_async_functions_run_concurrently_and_blocking_ones_are_not_cut_short(
+    workers: Callable[..., RewardWorker],
+) -> None:
+    worker = workers("concurrently")
+    asyncio.run(worker.start())
+    started = time.monotonic()
+    waiting = score(worker, *[make_rollout("awaits")] * 16)[0]
+    assert [component.value for component in waiting] == [1.0] * 16
+    assert time.monotonic() - started < 16 * 0.2 / 2
+    blocking = score(worker, *[make_rollout("slow")] * 3)[0]
+    assert [component.value for component in blocking] == [1.0] * 3
+
+
+def test_a_blocking_coroutine_is_not_held_against_those_that_wait(workers: Callable[..., RewardWorker]) -> None:
+    waits, blocks, waits_too = score(
+        workers("concurrently"), make_rollout("awaits"), make_rollout("blocks_often"), make_rollout("awaits")
+    )[0]
+    assert (waits.value, waits_too.value) == (1.0, 1.0)
+    assert "ran longer than 0.5 s" in str(blocks.missing)
+
+
+def test_a_killed_worker_takes_its_grandchildren_along(tmp_path: Path) -> None:
+    worker = make_worker("misbehave", workers=WORKERS.model_copy(update={"timeout_s": 1.5}))
+    try:
+        pids_file = tmp_path / "pids"
+        components = score(worker, make_rollout("grandchildren", path=str(pids_file)))[0]
+        assert "ran longer than" in str(components[0].missing)
+        pids = [int(pid) for pid in pids_file.read_text().split()]
+        assert len(pids) == 3
+        assert [wait_for_death(pid) for pid in pids] == [True] * 3
+    finally:
+        worker.kill()
+
+
+def test_replacements_leave_no_descriptor_and_no_zombie() -> None:
+    worker = make_worker("misbehave")
+    try:
+        score(worker, make_rollout("os_exit"), make_rollout())
+        gc.collect()
+        descriptors = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+        num_replaced = worker.num_replaced
+        for _ in range(2):
+            score(worker, make_rollout("os_exit"), make_rollout())
+        assert worker.num_replaced >= num_replaced + 2
+        assert len(os.listdir("/proc/self/fd")) == descriptors  # noqa: PTH208
+    finally:
+        worker.kill()
+    children = psutil.Process().children()
+    assert [child for child in children if child.status() == psutil.STATUS_ZOMBIE] == []
+
+
+def test_close_ends_the_process_and_refuses_more_work() -> None:
+    async def run() -> int:
+        async with make_worker("length") as worker:
+            pid = worker.pid
+            assert pid is not None
+        with pytest.raises(RewardError, match="closed"):
+            await worker.score([make_rollout()])
+        await worker.close()
+        return pid
+
+    assert wait_for_death(asyncio.run(run()), timeout_s=0)
+
+
+def test_a_cancelled_score_ends_at_once_and_the_worker_goes_on() -> None:
+    async def run() -> None:
+        patient = WORKERS.model_copy(update={"timeout_s": 600.0})
+        async with make_worker("misbehave", workers=patient) as worker:
+            hanging = asyncio.create_task(worker.score([make_rollout("endless_c")] * 3))
+            await asyncio.sleep(0.05)
+            hanging.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await hanging
+            ((component,),) = await worker.score([make_rollout()])
+            assert component.value == 1.0
+
+    asyncio.run(asyncio.wait_for(run(), timeout=20))
+
+
+def test_kill_interrupts_a_score_under_way() -> None:
+    async def run() -> None:
+        worker = make_worker("misbehave", workers=WORKERS.model_copy(update={"timeout_s": 600.0}))
+        await worker.start()
+        hanging = asyncio.create_task(worker.score([make_rollout("endless_c")]))
+        await asyncio.sleep(0.05)
+        worker.kill()
+        with pytest.raises(RewardError, match="closed"):
+            await hanging
+
+    asyncio.run(asyncio.wait_for(run(), timeout=20))
+
+
+PARENT = """
+import asyncio, sys
+from pathlib import Path
+from weaver_rl.rewards.config import RewardSpec, RewardWorkersConfig
+from weaver_rl.rewards.pool import RewardWorker
+
+async def main():
+    spec = RewardSpec(name="hostile.py:length")
+    worker = RewardWorker(specs=[spec], workers=RewardWorkersConfig(), base_dir=Path(sys.argv[1]))
+    await worker.start()
+    print(worker.pid, flush=True)
+    await asyncio.Event().wait()
+
+asyncio.run(main())
+"""
+
+
+def test_the_child_dies_with_a_killed_parent() -> None:
+    root = Path(__file__).parents[2]
+    command = [sys.executable, "-c", PARENT, str(PLUGINS)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root) as parent:
+        assert parent.stdout is not None
+        child = int(parent.stdout.readline())
+        assert Path(f"/proc/{child}").exists()
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+    assert wait_for_death(child)
+
+
+@pytest.mark.parametrize(
+    ("source", "seen"),
+    [
+        ("def f(rollout): return 1 +", "raised SyntaxError"),
+        ("import no_such_package", "no_such_package"),
+        ("import os; print('goodbye'); os._exit(4)", "exited with code 4: goodbye"),
+        ("while True: pass", "did not finish loading in 1 s"),
+    ],
+)
+def test_plugins_that_cannot_be_imported_are_one_error(tmp_path: Path, source: str, seen: str) -> None:
+    (tmp_path / "mine.py").write_text(source)
+    workers = RewardWorkersConfig(start_timeout_s=1 if "while" in source else 30)
+    worker = RewardWorker(specs=[RewardSpec(name="mine.py:f")], workers=workers, base_dir=tmp_path)
+    with pytest.raises(RewardError, match=seen):
+        asyncio.run(worker.start())
+    worker.kill()
+
+
+def test_a_source_changed_during_the_run_is_refused(tmp_path: Path) -> None:
+    plugin = tmp_path / "mine.py"
+    plugin.write_text("import os\ndef f(rollout): os._exit(1)")
+    worker = RewardWorker(specs=[RewardSpec(name="mine.py:f")], workers=WORKERS, base_dir=tmp_path)
+    try:
+        assert "exited with code 1" in str(score(worker, make_rollout())[0][0].missing)
+        plugin.write_text("def f(rollout): return 0.5")
+        with pytest.raises(RewardError, match=r"mine.py:f' changed during the run"):
+            score(worker, make_rollout())
+    finally:
+        worker.kill()
+
+
+def test_what_plugins_print_reaches_the_listener() -> None:
+    heard: list[bytes] = []
+    worker = make_worker("misbehave", on_output=heard.append)
+    try:
+        assert score(worker, make_rollout("noisy"))[0][0].value == 1.0
+    finally:
+        worker.kill()
+    assert b"".join(heard).count(b"chatter") == 10_000

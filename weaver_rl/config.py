@@ -1,0 +1,246 @@
+"""The configuration of a run: composes the sections, reads YAML and overrides, explains what is wrong with them.
+
+It imports nothing heavy: `weaver-rl show` answers without Ray, vLLM or torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from weaver_rl.advantages import AdvantageConfig, CorrectionConfig, Grpo, LogprobGapLimit, NoCorrection, Reinforce
+from weaver_rl.engines.config import SamplerConfig
+from weaver_rl.errors import ConfigError
+from weaver_rl.evaluation import EvalConfig
+from weaver_rl.learner.config import LearnerConfig
+from weaver_rl.losses.config import ImportanceSampling, LossConfig
+from weaver_rl.models.config import ModelConfig
+from weaver_rl.placement import ClusterConfig
+from weaver_rl.rewards.config import RewardSpec, RewardWorkersConfig
+from weaver_rl.rollout import RolloutConfig
+from weaver_rl.section import Section
+from weaver_rl.tasks.config import TaskConfig
+from weaver_rl.warm_start import WarmStartConfig
+from weaver_rl.weights.config import WeightsConfig
+
+
+class CheckpointConfig(Section):
+    """Checkpoints to resume from."""
+
+    every: int = Field(default=20, ge=0)
+    """Steps between checkpoints; 0: only after the warm start and the last step."""
+    keep: int = Field(default=2, ge=1)
+    """Newest checkpoints kept."""
+
+
+class RunConfig(Section):
+    """A whole run, one file."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the run and its folder."""
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    """Everything random in the run follows from it."""
+    run_dir: Path | None = None
+    """The run folder; null: runs/NAME under the working directory."""
+    base_dir: Path | None = None
+    """Where relative paths of tasks and rewards start; null: the directory of the configuration file."""
+    model: ModelConfig
+    task: TaskConfig
+    warm_start: WarmStartConfig | None = None
+    num_steps: int = Field(ge=0)
+    """Steps of reinforcement learning."""
+    rollout: RolloutConfig = RolloutConfig()
+    rewards: tuple[RewardSpec, ...] = Field(min_length=1)
+    reward_workers: RewardWorkersConfig = RewardWorkersConfig()
+    advantage: AdvantageConfig = Grpo()
+    correction: CorrectionConfig = NoCorrection()
+    loss: LossConfig = ImportanceSampling(name="importance_sampling")
+    logprob_gap: LogprobGapLimit = LogprobGapLimit()
+    learner: LearnerConfig = LearnerConfig()
+    sampler: SamplerConfig = SamplerConfig()
+    weights: WeightsConfig = WeightsConfig()
+    cluster: ClusterConfig = ClusterConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.run_dir if self.run_dir is not None else Path("runs") / self.name
+
+    @property
+    def deciding_reward(self) -> str:
+        """Label of the reward that decides whether a held-out completion was right."""
+        return self.eval.reward if self.eval.reward is not None else self.rewards[0].component_name
+
+    @model_validator(mode="after")
+    def _check_across_sections(self) -> RunConfig:
+        labels = [spec.component_name for spec in self.rewards]
+        repeated = sorted({label for label in labels if labels.count(label) > 1})
+        if repeated:
+            raise ValueError(f"rewards: {repeated} named more than once; give each a `label` of its own")
+        if self.eval.reward is not None and self.eval.reward not in labels:
+            raise ValueError(f"eval.reward is {self.eval.reward!r}, the rewards are {labels}")
+        group = self.rollout.samples_per_prompt
+        if group < 2 and not isinstance(self.advantage, Reinforce):
+            raise ValueError(
+                f"advantage.name {self.advantage.name} compares the rollouts of a group, rollout.samples_per_prompt is "
+                f"{group}; 2 or more are needed, or advantage.name reinforce"
+            )
+        if self.num_steps and self.rollout.sampling.temperature == 0:
+            raise ValueError("rollout.sampling.temperature is 0: greedy groups are all alike; use a value above 0")
+        if self.num_steps and self.loss.name != "importance_sampling":
+            raise ValueError(
+                f"loss.name is {self.loss.name}: it ignores importance weights, so rewards would change nothing; "
+                "use importance_sampling, or num_steps: 0 for a warm start alone"
+            )
+        max_len = self.sampler.engine_args.get("max_model_len")
+        if isinstance(max_len, int) and max_len <= self.rollout.sampling.max_tokens:
+            raise ValueError(
+                f"sampler.engine_args.max_model_len is {max_len}, rollout.sampling.max_tokens "
+                f"{self.rollout.sampling.max_tokens}: nothing is left for the prompt"
+            )
+        if self.weights.transport == "object_store" and self.sampler.tensor_parallel > 1:
+            raise ValueError(
+                f"weights.transport is object_store, sampler.tensor_parallel {self.sampler.tensor_parallel}: it loads "
+                "engines of one worker only; use nccl"
+            )
+        return self
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file and applies `key.path=value` overrides (values in YAML).
+
+    Raises:
+        ConfigError: names each key, what was seen, what is allowed, and for an unknown key the nearest one.
+    """
+    data = read_yaml(path)
+    for override in overrides:
+        _apply_override(data, override)
+    data.setdefault("base_dir", str(path.resolve().parent))
+    try:
+        return RunConfig.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: " + explain(error, data)) from None
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping in a YAML file, or a ConfigError that says what is there instead."""
+    try:
+        data = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path}: a mapping of keys is needed, seen {type(data).__name__}")
+    return data
+
+
+def dump_config(config: RunConfig) -> str:
+    """The resolved configuration as YAML; `RunConfig` of it is equal."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    if not separator or not dotted:
+        raise ConfigError(f"override {override!r}: the form is key.path=value, for example learner.learning_rate=1e-4")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
+    keys = dotted.split(".")
+    node: Any = data
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        where = ".".join(keys[: depth + 1])
+        if isinstance(node, list):
+            if not key.isdigit() or int(key) >= len(node):
+                raise ConfigError(f"override {override!r}: {where} is no item of a list of {len(node)}")
+            if last:
+                node[int(key)] = value
+            else:
+                node = node[int(key)]
+        elif isinstance(node, dict):
+            if last:
+                node[key] = value
+            elif node.get(key) is None:
+                node = node[key] = {}
+            else:
+                node = node[key]
+        else:
+            raise ConfigError(f"override {override!r}: {'.'.join(keys[:depth])} is {node!r}, it has no keys")
+
+
+def explain(error: ValidationError, data: Any) -> str:
+    """One line per mistake: key, what was seen, what is allowed."""
+    lines = []
+    for item in error.errors(include_url=False):
+        key = ".".join(str(part) for part in _keys(item["loc"], data)) or "the configuration"
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{key}: unknown key{_nearest(item['loc'], data)}")
+        elif item["type"] == "missing":
+            lines.append(f"{key}: missing, must be given")
+        elif item["type"] == "value_error":
+            lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')}")
+        else:
+            lines.append(f"{key}: seen {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}")
+    return "; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines)
+
+
+def _keys(location: tuple[int | str, ...], data: Any) -> list[int | str]:
+    """The part of a pydantic location that is really in the file (it also names the alternative of a union)."""
+    keys: list[int | str] = []
+    node = data
+    for position, part in enumerate(location):
+        inside = isinstance(node, list) and isinstance(part, int) and part < len(node)
+        if (isinstance(node, dict) and part in node) or inside:
+            node = node[part]
+            keys.append(part)
+        elif position == len(location) - 1:
+            keys.append(part)
+    return keys
+
+
+def _nearest(location: tuple[int | str, ...], data: Any) -> str:
+    """The names that may stand where an unknown key stands, nearest first."""
+    allowed = _fields_at(location[:-1])
+    wrong = str(location[-1])
+    close = difflib.get_close_matches(wrong, allowed, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; allowed: {', '.join(sorted(allowed))}" if allowed else ""
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    models: list[Any] = [RunConfig]
+    for part in location:
+        inner: list[Any] = []
+        for model in models:
+            field = model.model_fields.get(part) if isinstance(part, str) else None
+            if field is not None:
+                inner.extend(_models_in(field.annotation))
+        # An index or the tag of a union says nothing about fields: stay where we are, narrowed by the tag if possible.
+        if inner:
+            models = inner
+        elif isinstance(part, str):
+            tagged = [m for m in models if _tag(m) == part]
+            models = tagged or models
+    return sorted({name for model in models for name in model.model_fields})
+
+
+def _tag(model: Any) -> str | None:
+    field = model.model_fields.get("name")
+    return field.default if field is not None and isinstance(field.default, str) else None
+
+
+def _models_in(annotation: Any) -> list[Any]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]

@@ -1,0 +1,48 @@
+"""The `sampler` section: how many engines, on what, with which vLLM arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import Field, field_validator
+
+from weaver_rl.section import Section
+
+OWNED_ENGINE_ARGS = {
+    "model": "model.name",
+    "tokenizer": "model.name",
+    "seed": "seed",
+    "tensor_parallel_size": "sampler.tensor_parallel",
+    "logprobs_mode": "nothing: importance weights need processed_logprobs",
+    "weight_transfer_config": "weights.transport",
+    "skip_tokenizer_init": "nothing: the sampler is token in, token out",
+    "enable_sleep_mode": "cluster.placement",
+}
+"""vLLM arguments that weaver-rl sets itself, and the key that decides each."""
+
+
+class SamplerConfig(Section):
+    """The samplers of a run."""
+
+    num_replicas: int = Field(default=1, ge=1)
+    """vLLM engines; each holds the whole policy."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """GPUs per engine. CPU engines take 1."""
+    num_cpus: float = Field(default=1.0, ge=0)
+    """CPUs that Ray reserves for an engine."""
+    num_gpus: float | None = Field(default=None, ge=0)
+    """GPUs that Ray reserves for an engine; null: `tensor_parallel` where the cluster has GPUs, else 0."""
+    num_threads: int | None = Field(default=None, ge=1)
+    """OpenMP threads of a CPU engine; null: the CPUs of its node shared out among the engines."""
+    engine_args: dict[str, Any] = Field(default_factory=dict)
+    """Passed to vLLM's `EngineArgs` as they are."""
+    start_timeout_s: float = Field(default=600.0, gt=0)
+    """An engine that is not up by then stops the run."""
+
+    @field_validator("engine_args")
+    @classmethod
+    def _not_ours(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for key in value:
+            if key in OWNED_ENGINE_ARGS:
+                raise ValueError(f"{key!r} is set by weaver-rl; what decides it is {OWNED_ENGINE_ARGS[key]}")
+        return value

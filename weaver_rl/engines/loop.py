@@ -1,0 +1,167 @@
+"""The thread that owns an engine: alternates between commands and engine steps. It knows nothing of vLLM or Ray.
+
+Loop: produces finished groups; waits for commands when the engine is idle; unblocked by `submit`, `call` or `close`.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from weaver_rl.errors import EngineError
+from weaver_rl.rollout import SamplingConfig
+from weaver_rl.types import Float32Array, GroupSample, SampleRequest
+
+T = TypeVar("T")
+
+
+class Engine(Protocol):
+    """What the loop needs of an engine."""
+
+    name: str
+
+    def add(self, request: SampleRequest, sampling: SamplingConfig) -> None: ...
+    def add_score(self, token_ids: Sequence[int]) -> str: ...
+    def take_score(self, score_id: str) -> Float32Array | None: ...
+    def has_work(self) -> bool: ...
+    def step(self) -> list[GroupSample]: ...
+    def abort_all(self) -> list[str]: ...
+    def reset_cache(self) -> None: ...
+    def close(self) -> None: ...
+
+
+@dataclass(slots=True)
+class _Command:
+    run: Callable[[], Any]
+    result: Future[Any]
+
+
+class EngineLoop:
+    """Runs one engine in its own thread; every method may be called from any thread.
+
+    Args:
+        build: makes the engine, inside the thread (vLLM must be used by the thread that built it).
+    """
+
+    def __init__(self, build: Callable[[], Engine]) -> None:
+        self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
+        self._groups: dict[str, Future[GroupSample]] = {}
+        self._scores: dict[str, Future[Float32Array]] = {}
+        self._closed = False
+        self._started: Future[None] = Future()
+        self._thread = threading.Thread(target=self._main, args=(build,), name="engine", daemon=True)
+        self._thread.start()
+
+    def wait_started(self, timeout_s: float) -> None:
+        """Returns once the engine is built; raises what building it raised."""
+        self._started.result(timeout=timeout_s)
+
+    def submit(
+        self, requests: Sequence[SampleRequest], sampling: SamplingConfig, *, cold: bool = False
+    ) -> list[Future[GroupSample]]:
+        """Queues groups so that all of them are in before the next engine step: the batch that the engine forms,
+        and so every rounding in it, is then the same each time. `cold`: an idle engine forgets cached prefixes first.
+        """
+        futures: list[Future[GroupSample]] = [Future() for _ in requests]
+
+        def add() -> None:
+            if cold and not self._engine.has_work():
+                self._engine.reset_cache()
+            for request, future in zip(requests, futures, strict=True):
+                if request.group_id in self._groups:
+                    future.set_exception(EngineError(f"group {request.group_id} is already being sampled"))
+                    continue
+                try:
+                    self._engine.add(request, sampling)
+                except Exception as error:  # noqa: BLE001 - boundary: one bad request must not end the others
+                    future.set_exception(error)
+                else:
+                    self._groups[request.group_id] = future
+
+        self._send(add)
+        return futures
+
+    def score(self, token_ids: Sequence[int]) -> Future[Float32Array]:
+        """Log-probabilities (N-1,) of a fixed sequence, at temperature 1."""
+        future: Future[Float32Array] = Future()
+
+        def add() -> None:
+            try:
+                self._scores[self._engine.add_score(token_ids)] = future
+            except Exception as error:  # noqa: BLE001 - boundary: the caller gets it
+                future.set_exception(error)
+
+        self._send(add)
+        return future
+
+    def call(self, function: Callable[[Any], T]) -> Future[T]:
+        """Runs `function(engine)` between two engine steps."""
+        return self._send(lambda: function(self._engine))
+
+    def close(self, timeout_s: float = 30.0) -> None:
+        """Ends the thread and the engine; what is in flight fails with EngineError."""
+        if not self._closed:
+            self._closed = True
+            self._commands.put(_Command(lambda: None, Future()))
+        self._thread.join(timeout=timeout_s)
+
+    def _send(self, run: Callable[[], T]) -> Future[T]:
+        if self._closed:
+            raise EngineError("the engine is closed")
+        result: Future[T] = Future()
+        self._commands.put(_Command(run, result))
+        return result
+
+    def _main(self, build: Callable[[], Engine]) -> None:
+        try:
+            self._engine = build()
+        except BaseException as error:  # noqa: BLE001 - boundary: the starter gets it
+            self._started.set_exception(error)
+            return
+        self._started.set_result(None)
+        try:
+            while not self._closed:
+                self._run_commands()
+                if self._engine.has_work() and not self._closed:
+                    self._step()
+        finally:
+            self._fail_all(EngineError(f"{self._engine.name} was closed"))
+            self._engine.close()
+
+    def _run_commands(self) -> None:
+        block = not self._engine.has_work()
+        while True:
+            try:
+                command = self._commands.get(block=block)
+            except queue.Empty:
+                return
+            block = False
+            try:
+                command.result.set_result(command.run())
+            except BaseException as error:  # noqa: BLE001 - boundary: the caller gets it
+                command.result.set_exception(error)
+
+    def _step(self) -> None:
+        try:
+            finished = self._engine.step()
+        except Exception as error:  # noqa: BLE001 - boundary: a failed step fails what was in it, and is reported
+            self._engine.abort_all()
+            self._fail_all(EngineError(f"{self._engine.name}: the engine step failed: {type(error).__name__}: {error}"))
+            return
+        for sample in finished:
+            self._groups.pop(sample.group_id).set_result(sample)
+        for score_id in list(self._scores):
+            logprobs = self._engine.take_score(score_id)
+            if logprobs is not None:
+                self._scores.pop(score_id).set_result(logprobs)
+
+    def _fail_all(self, error: EngineError) -> None:
+        waiting: list[Future[Any]] = [*self._groups.values(), *self._scores.values()]
+        self._groups.clear()
+        self._scores.clear()
+        for future in waiting:
+            future.set_exception(error)

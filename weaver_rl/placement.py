@@ -1,0 +1,139 @@
+"""What a run asks of a cluster: the `cluster` section and the bundles it comes to. Pure; Ray is asked elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from pydantic import Field
+
+from weaver_rl.engines.config import SamplerConfig
+from weaver_rl.errors import ResourcesError
+from weaver_rl.learner.config import LearnerConfig
+from weaver_rl.section import Section
+
+EPSILON = 1e-6
+
+
+class ClusterConfig(Section):
+    """Where the actors of a run go."""
+
+    address: str | None = None
+    """Address of a running Ray cluster; null: `RAY_ADDRESS` if set, else a cluster of this machine for this run."""
+    placement: Literal["split", "colocated"] = "split"
+    """`split`: samplers and learner ranks on GPUs of their own. `colocated`: sampler i shares learner rank i's GPU."""
+    start_timeout_s: float = Field(default=30.0, gt=0)
+    """Resources that are not granted by then are an error that prints asked and available."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """Resource bundles, each on one node: one per learner rank, then one per sampler (none when colocated)."""
+
+    bundles: tuple[dict[str, float], ...]
+    learner_bundles: tuple[int, ...]
+    """Bundle of each learner rank."""
+    sampler_bundles: tuple[int, ...]
+    """First bundle of each sampler; with tensor parallelism on GPUs its workers take that many from there."""
+    sampler_gpus: float
+    """GPUs of one sampler worker."""
+    learner_gpus: float
+    """GPUs of one learner rank."""
+
+    def total(self) -> dict[str, float]:
+        """Everything asked for, by resource."""
+        kinds = sorted({kind for bundle in self.bundles for kind in bundle})
+        return {kind: sum(bundle.get(kind, 0.0) for bundle in self.bundles) for kind in kinds}
+
+
+def plan_placement(
+    cluster: ClusterConfig, learner: LearnerConfig, sampler: SamplerConfig, *, cluster_gpus: float
+) -> Placement:
+    """Lays the actors out over bundles.
+
+    Raises:
+        ResourcesError: colocated without GPUs, or with unequal numbers of samplers and learner ranks.
+    """
+    on_gpu = cluster_gpus > 0
+    learner_gpus = (1.0 if on_gpu else 0.0) if learner.num_gpus is None else learner.num_gpus
+    sampler_gpus = (float(sampler.tensor_parallel) if on_gpu else 0.0) if sampler.num_gpus is None else sampler.num_gpus
+    if cluster.placement == "colocated":
+        return _colocated(learner, sampler, learner_gpus)
+    learner_bundle = _bundle(learner.num_cpus, learner_gpus)
+    sampler_bundle = _bundle(sampler.num_cpus, sampler_gpus)
+    ranks, replicas = learner.num_ranks, sampler.num_replicas
+    return Placement(
+        bundles=(*(dict(learner_bundle) for _ in range(ranks)), *(dict(sampler_bundle) for _ in range(replicas))),
+        learner_bundles=tuple(range(ranks)),
+        sampler_bundles=tuple(range(ranks, ranks + replicas)),
+        sampler_gpus=sampler_gpus,
+        learner_gpus=learner_gpus,
+    )
+
+
+def _colocated(learner: LearnerConfig, sampler: SamplerConfig, learner_gpus: float) -> Placement:
+    if learner_gpus == 0:
+        raise ResourcesError(
+            "cluster.placement is colocated, but there are no GPUs to share. Use split, or join a cluster with GPUs."
+        )
+    if sampler.num_replicas != learner.num_ranks or sampler.tensor_parallel != 1:
+        raise ResourcesError(
+            f"colocated needs one sampler per learner rank without tensor parallelism: sampler.num_replicas is "
+            f"{sampler.num_replicas}, learner.num_ranks {learner.num_ranks}, sampler.tensor_parallel "
+            f"{sampler.tensor_parallel}. Make the first two equal and the third 1, or use split."
+        )
+    bundle = _bundle(learner.num_cpus + sampler.num_cpus, 1.0)
+    ranks = range(learner.num_ranks)
+    return Placement(
+        bundles=tuple(dict(bundle) for _ in ranks),
+        learner_bundles=tuple(ranks),
+        sampler_bundles=tuple(ranks),
+        sampler_gpus=0.5,
+        learner_gpus=0.5,
+    )
+
+
+def _bundle(num_cpus: float, num_gpus: float) -> dict[str, float]:
+    bundle = {"CPU": num_cpus, "GPU": num_gpus}
+    # Ray refuses an empty bundle; a sliver of CPU stands for "anywhere".
+    return {kind: amount for kind, amount in bundle.items() if amount > 0} or {"CPU": 0.001}
+
+
+def check_fits(placement: Placement, available: Mapping[str, float], nodes: list[Mapping[str, float]]) -> None:
+    """Raises ResourcesError when the cluster as a whole, or every single node for one bundle, has too little.
+
+    Args:
+        available: free resources of the whole cluster.
+        nodes: total resources of each live node.
+    """
+    asked = placement.total()
+    short = {k: v for k, v in asked.items() if v > available.get(k, 0.0) + EPSILON}
+    unplaceable = [b for b in placement.bundles if not any(_fits(b, node) for node in nodes)]
+    if not short and not unplaceable:
+        return
+    raise ResourcesError(shortage(placement, available) + (_bundle_note(unplaceable[0], nodes) if unplaceable else ""))
+
+
+def shortage(placement: Placement, available: Mapping[str, float]) -> str:
+    """Asked against available, in words."""
+    asked = placement.total()
+    rows = ", ".join(
+        f"{kind}: asked {amount:g}, available {available.get(kind, 0.0):g}" for kind, amount in asked.items()
+    )
+    return (
+        f"the cluster cannot place this run ({rows}; {len(placement.learner_bundles)} learner rank(s), "
+        f"{len(placement.sampler_bundles)} sampler(s)). Lower learner.num_ranks, learner.num_cpus, "
+        f"sampler.num_replicas or sampler.num_cpus, or free or add nodes."
+    )
+
+
+def _fits(bundle: Mapping[str, float], node: Mapping[str, float]) -> bool:
+    return all(node.get(kind, 0.0) + EPSILON >= amount for kind, amount in bundle.items())
+
+
+def _bundle_note(bundle: Mapping[str, float], nodes: list[Mapping[str, float]]) -> str:
+    largest = {kind: max((node.get(kind, 0.0) for node in nodes), default=0.0) for kind in bundle}
+    wanted = ", ".join(f"{kind} {amount:g}" for kind, amount in bundle.items())
+    has = ", ".join(f"{kind} {amount:g}" for kind, amount in largest.items())
+    return f" One actor needs {wanted} on one node; the largest node has {has}."

@@ -1,0 +1,50 @@
+"""How a run samples: the `rollout` section and the pure function that gives every completion its seed."""
+
+from __future__ import annotations
+
+import hashlib
+
+from pydantic import Field
+
+from weaver_rl.section import Section
+
+
+class SamplingConfig(Section):
+    """How completions are drawn; names and meanings are vLLM's."""
+
+    temperature: float = Field(default=1.0, ge=0.0, le=2.0)
+    """0 is greedy."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    top_k: int = Field(default=0, ge=0)
+    """0 keeps the whole vocabulary."""
+    min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    max_tokens: int = Field(default=256, ge=1)
+    """Tokens of a completion at most, the end token included."""
+
+    def greedy(self) -> SamplingConfig:
+        """The same length limit, always the likeliest token."""
+        return SamplingConfig(temperature=0.0, max_tokens=self.max_tokens)
+
+
+class RolloutConfig(Section):
+    """What one step samples."""
+
+    prompts_per_step: int = Field(default=16, ge=1)
+    """Groups in the batch of one step."""
+    samples_per_prompt: int = Field(default=8, ge=1)
+    """Completions in a group."""
+    max_lag: int = Field(default=0, ge=0, le=0)
+    """Versions a trained token may be behind the learner. 0 is synchronous, the only mode so far."""
+    sampling: SamplingConfig = SamplingConfig()
+    timeout_s: float = Field(default=1800.0, gt=0)
+    """A step's sampling that takes longer than this stops the run, naming the sampler."""
+
+
+def completion_seed(run_seed: int, prompt_id: str, step: int, sample_index: int) -> int:
+    """Seed of one completion, in [0, 2**63): the same for the same arguments in every process and Python.
+
+    Every completion has its own, because vLLM's `n > 1` with a seed repeats itself and its engine seed repeats
+    across replicas.
+    """
+    text = f"{run_seed}\x00{prompt_id}\x00{step}\x00{sample_index}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1

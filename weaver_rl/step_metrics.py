@@ -1,0 +1,64 @@
+"""Figures of one step's rollouts and rewards, by the names of weaver_rl.metrics. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from weaver_rl.batch import StepBatch
+from weaver_rl.types import RewardComponent
+
+
+def step_metrics(batch: StepBatch, version: int) -> dict[str, float]:
+    """Rewards, advantages, groups, lengths and lag of a step's batch; `version` is the learner's while it was made."""
+    completions = [entry.scored.rollout.completion for entry in batch.entries]
+    lengths = np.array([len(c.token_ids_L) for c in completions])
+    lags = version - np.concatenate([c.versions_L for c in completions])
+    logprobs = np.concatenate([c.logprobs_L for c in completions])
+    stops = [c.stop_reason for c in completions]
+    metrics = {
+        "rollout/count": len(completions),
+        "rollout/length_mean": lengths.mean(),
+        "rollout/length_max": lengths.max(),
+        "rollout/truncated_fraction": stops.count("length") / len(stops),
+        "rollout/logprob_mean": logprobs.mean(),
+        "sampler/num_tokens": lengths.sum(),
+        "lag/mean": lags.mean(),
+        "lag/max": lags.max(),
+        "groups/trained": batch.num_groups - batch.num_groups_dropped,
+        "groups/dropped": batch.num_groups_dropped,
+        "groups/zero_advantage_fraction": batch.num_groups_without_signal / batch.num_groups,
+        "reward/missing_fraction": sum(e.scored.reward is None for e in batch.entries) / len(batch.entries),
+    }
+    rewards = batch.rewards()
+    if len(rewards):
+        metrics |= {
+            "reward/mean": rewards.mean(),
+            "reward/std": rewards.std(),
+            "reward/min": rewards.min(),
+            "reward/max": rewards.max(),
+        }
+    advantages = np.array([entry.advantage for entry in batch.trained()], dtype=np.float64)
+    if len(advantages):
+        metrics |= {"advantage/mean": advantages.mean(), "advantage/std": advantages.std()}
+    components = [component for entry in batch.entries for component in entry.scored.components]
+    for name in dict.fromkeys(component.name for component in components):
+        metrics |= _component_metrics(name, [c for c in components if c.name == name])
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _component_metrics(name: str, components: list[RewardComponent]) -> dict[str, float]:
+    values = np.array([c.value for c in components if c.value is not None], dtype=np.float64)
+    metrics = {
+        f"reward/{name}/missing_fraction": 1 - len(values) / len(components),
+        f"reward/{name}/seconds": _mean(c.seconds for c in components),
+    }
+    if len(values):
+        metrics |= {f"reward/{name}/mean": float(values.mean()), f"reward/{name}/std": float(values.std())}
+    return metrics
+
+
+def _mean(values: Iterable[float]) -> float:
+    listed = list(values)
+    return sum(listed) / len(listed)
