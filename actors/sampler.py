@@ -12,7 +12,7 @@ from typing import Any
 
 from actors.object_store import tensors
 from weaver_rl.engines.loop import EngineLoop
-from weaver_rl.engines.vllm import VllmEngine, prepare_process
+from weaver_rl.engines.vllm import VllmEngine, import_vllm, prepare_process
 from weaver_rl.rollout import SamplingConfig
 from weaver_rl.types import Float32Array, GroupSample, PublishedWeights, SampleRequest
 from weaver_rl.weights.config import Transport
@@ -40,7 +40,7 @@ class Sampler:
         prepare_process(num_threads)
         self._loop: EngineLoop | None = None
         # The import takes as long as the engine's start; it happens while the model is still being prepared.
-        self._imports = threading.Thread(target=_import_vllm, name="import-vllm")
+        self._imports = threading.Thread(target=import_vllm, name="import-vllm")
         self._imports.start()
 
     async def start(self, spec: SamplerSpec) -> int:
@@ -105,7 +105,3 @@ class Sampler:
         if self._loop is None:
             raise RuntimeError("the sampler was used before start()")
         return self._loop
-
-
-def _import_vllm() -> None:
-    import vllm.v1.engine.llm_engine  # noqa: F401

@@ -49,11 +49,11 @@ def train(
     loaded = load_config(config, [*(overrides or []), *extra])
 
     from actors.launch import train as launch
-    from weaver_rl.terminal import print_outcome
+    from weaver_rl.outcome import print_outcome
 
     console = Console()
     outcome = launch(loaded, resume=resume, overwrite=overwrite, console=console)
-    print_outcome(console, loaded, outcome)
+    print_outcome(console, loaded.folder, outcome.summary, outcome.wall_seconds)
 
 
 @app.command()

@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import heapq
 import html
 import importlib.resources
 import json
 import statistics
 import string
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from weaver_rl import report_charts as charts
-from weaver_rl.errors import ConfigError, UserError
+from weaver_rl.errors import ConfigError
 from weaver_rl.metrics import STAGES, MetricsLine, Phase, read_metrics
 from weaver_rl.report_charts import Series, short_number
-from weaver_rl.rollout_files import RecordedRollout, read_rollouts, recorded_steps
+from weaver_rl.report_rollouts import rollouts_section
 from weaver_rl.run_folder import RunFolder, RunStatus, write_atomically
-
-NUM_SAMPLES = 5
-"""Rollouts shown from either end of the last step."""
-MAX_TEXT = 4000
-"""Characters of a prompt or completion shown."""
 
 _MAX_COMPONENTS = 5
 
@@ -59,7 +53,7 @@ def write_report(run_dir: Path) -> Path:
         header=_header(run),
         tiles=_tiles(run),
         charts=_charts(run),
-        samples=_samples(run),
+        samples=rollouts_section(run_dir),
         config=_config(run),
     )
     write_atomically(run.folder.report, page.encode("utf-8", "replace"))
@@ -178,6 +172,7 @@ def _charts(run: RunData) -> str:
         return '<p class="empty">No step was finished, so there are no curves.</p>'
     gap = _lines(run, "train", {"mean": "logprob_gap/mean", "max": "logprob_gap/max"})
     length = _lines(run, "train", {"mean": "rollout/length_mean", "max": "rollout/length_max"})
+    speed = {"tokens/s": "tokens_per_s"}
     training = [
         _line_figure("Reward", "mean of the step", _reward_series(run)),
         _line_figure(
@@ -185,14 +180,16 @@ def _charts(run: RunData) -> str:
         ),
         _line_figure("Loss", "", _lines(run, "train", {"loss": "loss"}, 4)),
         _line_figure("Log-probability gap", "|learner − sampler|, log scale", gap, unit="nat", log=True),
-        _line_figure("Completion length", "tokens", length),
-        _line_figure("Throughput", "tokens per second", _lines(run, "train", {"tokens/s": "tokens_per_s"}, 2)),
-        _line_figure("Gradient norm", "before clipping", _lines(run, "train", {"norm": "grad_norm"}, 3)),
+        _line_figure("Completion length", "tokens", length, from_zero=True),
+        _line_figure("Throughput", "tokens per second", _lines(run, "train", speed, 2), from_zero=True),
+        _line_figure(
+            "Gradient norm", "before clipping", _lines(run, "train", {"norm": "grad_norm"}, 3), from_zero=True
+        ),
         _time_figure([line for line in run.lines if line.phase == "train"]),
     ]
     warm_start = [
         _line_figure("Loss", "", _lines(run, "warm_start", {"loss": "loss"}, 4)),
-        _line_figure("Throughput", "tokens per second", _lines(run, "warm_start", {"tokens/s": "tokens_per_s"}, 2)),
+        _line_figure("Throughput", "tokens per second", _lines(run, "warm_start", speed, 2), from_zero=True),
     ]
     return _section("Training", training) + _section("Warm start", warm_start)
 
@@ -230,13 +227,14 @@ def _line_figure(
     *,
     unit: str = "",
     y_range: tuple[float, float] | None = None,
+    from_zero: bool = False,
     log: bool = False,
 ) -> str:
     drawn = [one for one in series if one.points]
     if not drawn:
         return ""
     legend = [(one.label, short_number(one.points[-1][1]), one.color) for one in drawn]
-    chart = charts.line_chart(drawn, unit=unit, y_range=y_range, log=log)
+    chart = charts.line_chart(drawn, unit=unit, y_range=y_range, from_zero=from_zero, log=log)
     return _figure(title, subtitle, legend, chart)
 
 
@@ -275,69 +273,6 @@ def _figure(title: str, subtitle: str, legend: Sequence[tuple[str, str, int]], c
     )
 
 
-def _samples(run: RunData) -> str:
-    steps = recorded_steps(run.folder.path)
-    if not steps:
-        return ""
-    try:
-        high, low, count, missing = _extremes(read_rollouts(run.folder.path, steps[-1:]))
-    except UserError as error:
-        return f'<h2>Rollouts</h2><p class="banner">{html.escape(str(error))}</p>'
-    about = f"{count} in step {steps[-1]}" + (f", {missing} without a reward" if missing else "")
-    columns = [("Highest reward", high)] + ([("Lowest reward", low)] if low else [])
-    cells = "".join(f"<div><h3>{title}</h3>{''.join(map(_rollout, group))}</div>" for title, group in columns)
-    return f'<h2>Rollouts<small>{about}</small></h2><div class="samples">{cells}</div>'
-
-
-def _extremes(
-    records: Iterator[RecordedRollout],
-) -> tuple[list[RecordedRollout], list[RecordedRollout], int, int]:
-    """The highest and the lowest by reward, none twice; how many rollouts there are and how many have no reward."""
-    high: list[tuple[float, int, RecordedRollout]] = []
-    low: list[tuple[float, int, RecordedRollout]] = []
-    count = missing = 0
-    for record in records:
-        count += 1
-        reward = record.scored.reward
-        if reward is None:
-            missing += 1
-            continue
-        # The count breaks ties, so that records are never compared.
-        for heap, key in ((high, reward), (low, -reward)):
-            heapq.heappush(heap, (key, -count, record))
-            if len(heap) > NUM_SAMPLES:
-                heapq.heappop(heap)
-    best = [record for _, _, record in sorted(high, reverse=True)]
-    shown = {record.scored.rollout.rollout_id for record in best}
-    worst = [record for _, _, record in sorted(low, reverse=True) if record.scored.rollout.rollout_id not in shown]
-    return best, worst, count, missing
-
-
-def _rollout(record: RecordedRollout) -> str:
-    rollout, reward = record.scored.rollout, record.scored.reward
-    advantage = "–" if record.advantage is None else f"{record.advantage:+.3f}"
-    figures = [
-        f"advantage {advantage}",
-        f"{len(rollout.completion.token_ids_L)} tokens, {rollout.completion.stop_reason}",
-    ]
-    figures += [
-        f"{part.name} {'missing: ' + str(part.missing) if part.value is None else f'{part.value:.3f}'}"
-        for part in record.scored.components
-    ]
-    figures += [f"not trained on: {record.dropped}"] if record.dropped else []
-    header = "".join(f"<span>{html.escape(figure)}</span>" for figure in figures)
-    answer = f"<dt>answer</dt><dd><pre>{_clipped(rollout.prompt.answer)}</pre></dd>" if rollout.prompt.answer else ""
-    return (
-        f'<div class="rollout"><header><b>{reward:.3f}</b>{header}</header><dl>'
-        f'<dt>prompt</dt><dd class="prompt"><pre>{_clipped(rollout.prompt.text)}</pre></dd>'
-        f"<dt>completion</dt><dd><pre>{_clipped(rollout.text)}</pre></dd>{answer}</dl></div>"
-    )
-
-
-def _clipped(text: str) -> str:
-    return html.escape(text if len(text) <= MAX_TEXT else f"{text[:MAX_TEXT]}… ({len(text) - MAX_TEXT:,} more)")
-
-
 def _config(run: RunData) -> str:
     for path in (run.folder.config_yaml, run.folder.config_json):
         if path.exists():
@@ -349,4 +284,4 @@ def _config(run: RunData) -> str:
 def _duration(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes}:{rest:02d} min"
+    return f"{hours} h {minutes:02d} m" if hours else f"{minutes} m {rest:02d} s"

@@ -121,14 +121,15 @@ def thinned(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
 
 
 def moving_average(points: Sequence[Point]) -> list[Point]:
-    """Centred, over a fortieth of the points on either side."""
-    reach = max(1, len(points) // 40)
+    """Centred, over a fortieth of the points on either side, fewer at the ends: the first and last stay as they are."""
+    most = max(1, len(points) // 40)
     sums = [0.0]
     for _, value in points:
         sums.append(sums[-1] + value)
     smooth = []
     for index, (x, _) in enumerate(points):
-        start, end = max(0, index - reach), min(len(points), index + reach + 1)
+        reach = min(most, index, len(points) - 1 - index)
+        start, end = index - reach, index + reach + 1
         smooth.append((x, (sums[end] - sums[start]) / (end - start)))
     return smooth
 
@@ -138,10 +139,11 @@ def line_chart(
     *,
     unit: str = "",
     y_range: tuple[float, float] | None = None,
+    from_zero: bool = False,
     log: bool = False,
 ) -> Chart:
     """Lines over steps."""
-    frame, y_ticks = fit_frame(series, y_range=y_range, log=log)
+    frame, y_ticks = fit_frame(series, y_range=y_range, from_zero=from_zero, log=log)
     svg = _svg(frame, axes(frame, y_ticks) + lines(frame, series))
     thin = [replace(one, points=thinned(one.points)) for one in series]
     return Chart(svg=svg, hover=_hover(thin, frame, unit=unit, stacked=False))
@@ -170,6 +172,7 @@ def fit_frame(
     series: Sequence[Series],
     *,
     y_range: tuple[float, float] | None = None,
+    from_zero: bool = False,
     log: bool = False,
     width: int = WIDTH,
     height: int = HEIGHT,
@@ -181,7 +184,7 @@ def fit_frame(
         y_ticks = powers_of_ten(min(positive), max(positive))
     else:
         log = False
-        y_ticks = round_ticks(*(y_range or _widened(min(values), max(values))))
+        y_ticks = round_ticks(*(y_range or _widened([0.0, *values] if from_zero else values)))
     frame = Frame(
         x_range=_x_range(series),
         y_range=(y_ticks[0], y_ticks[-1]),
@@ -267,8 +270,9 @@ def _x_range(series: Sequence[Series]) -> tuple[float, float]:
     return (low, high) if high > low else (low - 1, high + 1)
 
 
-def _widened(low: float, high: float) -> tuple[float, float]:
+def _widened(values: Sequence[float]) -> tuple[float, float]:
     """A range that is never empty; from zero when the values lie near it."""
+    low, high = min(values), max(values)
     if low == high:
         margin = abs(low) * 0.5 or 1.0
         return low - margin, high + margin

@@ -68,10 +68,10 @@ function show(chart, step, own) {
   chart.figure.append(tip);
   chart.tip = tip;
   const box = chart.svg.getBoundingClientRect();
-  const view = chart.svg.viewBox.baseVal;
-  const at = chart.svg.offsetLeft + (x * box.width) / view.width;
-  tip.style.top = chart.svg.offsetTop + 8 + "px";
-  tip.style.left = (at + 14 + tip.offsetWidth > chart.figure.clientWidth ? at - 14 - tip.offsetWidth : at + 14) + "px";
+  const card = chart.figure.getBoundingClientRect();
+  const at = box.left - card.left + (x * box.width) / chart.svg.viewBox.baseVal.width;
+  tip.style.top = box.top - card.top + 8 + "px";
+  tip.style.left = (at + 14 + tip.offsetWidth > card.width ? at - 14 - tip.offsetWidth : at + 14) + "px";
 }
 for (const chart of charts) {
   chart.svg.addEventListener("pointermove", (event) => {

@@ -113,20 +113,33 @@ MISSING = {
 }
 
 
+@pytest.fixture(scope="module")
+def judged(workers: Callable[..., RewardWorker]) -> list[dict[str, RewardComponent]]:
+    """The two components of every failing rollout and of good ones before, amid and after, scored in one call."""
+    kinds = ["good-1", *list(MISSING)[:10], "good-2", *list(MISSING)[10:], "good-3"]
+    rollouts = [make_rollout(None if kind.startswith("good") else kind) for kind in kinds]
+    columns = score(workers("misbehave", "length"), *rollouts)
+    return [dict(zip(kinds, column, strict=True)) for column in columns]
+
+
 @pytest.mark.parametrize("does", MISSING)
-def test_a_failure_is_missing_with_its_reason_and_harms_no_other_score(each_worker: RewardWorker, does: str) -> None:
-    bad, length = score(each_worker, make_rollout(), make_rollout(does), make_rollout())
-    assert [component.value for component in bad] == [1.0, None, 1.0]
-    assert bad[0].missing is None
-    assert re.search(MISSING[does], str(bad[1].missing)), bad[1].missing
-    assert [component.value for component in length] == [4.0, 4.0, 4.0]
-    assert {component.name for component in bad} == {"hostile.py:misbehave"}
+def test_a_failure_is_missing_with_its_reason(judged: list[dict[str, RewardComponent]], does: str) -> None:
+    assert judged[0][does].value is None
+    assert re.search(MISSING[does], str(judged[0][does].missing)), judged[0][does].missing
+    assert judged[0][does].name == "hostile.py:misbehave"
+
+
+def test_failures_harm_no_other_rollout_and_no_other_component(judged: list[dict[str, RewardComponent]]) -> None:
+    assert [judged[0][f"good-{n}"].value for n in (1, 2, 3)] == [1.0] * 3
+    assert {component.value for component in judged[1].values()} == {4.0}
 
 
 def test_numbers_of_every_kind_are_accepted(each_worker: RewardWorker) -> None:
     kinds = ["bool", "int", "numpy", "numpy_bool", "numpy_0d", "decimal", "noisy", "fork_and_return"]
     values = score(each_worker, *map(make_rollout, kinds))[0]
-    assert [(kind, c.value, c.missing) for kind, c in zip(kinds, values, strict=True)] == [(k, 1.0, None) for k in kinds]
+    assert [(kind, c.value, c.missing) for kind, c in zip(kinds, values, strict=True)] == [
+        (k, 1.0, None) for k in kinds
+    ]
     assert all(type(component.value) is float for component in values)
 
 
@@ -165,30 +178,47 @@ def test_rollouts_that_cannot_be_sent_or_read_spoil_no_other() -> None:
 
 
 @pytest.mark.parametrize(
-    ("function", "does", "reason"),
+    ("function", "reasons"),
     [
-        ("batched", "exception", "raised ValueError"),
-        ("batched", "none", "returned None"),
-        ("batched", "os_exit", "exited with code 3"),
-        ("batched", "memory", "used more than 64 MiB"),
-        ("batched", "wrong_length", "returned 2 values, not one for each of the 1 rollouts"),
-        ("batched", "no_list", "raised TypeError"),
-        ("batched", "endless_c", "ran longer than"),
-        ("batched_async", "exception", "raised ValueError"),
-        ("concurrently", "exception", "raised ValueError"),
-        ("concurrently", "system_exit", "raised SystemExit"),
-        ("concurrently", "os_exit", "exited with code 3"),
-        ("concurrently", "memory", "used more than 64 MiB"),
-        ("concurrently", "await_forever", "ran longer than 0.5 s and was cancelled"),
-        ("concurrently", "ignore_cancellation", "ran longer than 0.5 s and was cancelled"),
+        (
+            "batched",
+            {
+                "exception": "raised ValueError",
+                "none": "returned None",
+                "wrong_length": "returned 2 values, not one for each of the 1 rollouts",
+                "no_list": "raised TypeError",
+                "os_exit": "exited with code 3",
+                "memory": "used more than 64 MiB",
+                "endless_c": "ran longer than 0.5 s and was killed",
+            },
+        ),
+        ("batched_async", {"exception": "raised ValueError"}),
+        (
+            "concurrently",
+            {
+                "exception": "raised ValueError",
+                "system_exit": "raised SystemExit",
+                "await_forever": "ran longer than 0.5 s and was cancelled",
+                "ignore_cancellation": "ran longer than 0.5 s and was cancelled",
+            },
+        ),
+        ("concurrently", {"os_exit": "exited with code 3", "memory": "used more than 64 MiB"}),
     ],
 )
-def test_only_the_culprit_of_a_batch_goes_missing(
-    workers: Callable[..., RewardWorker], function: str, does: str, reason: str
+def test_only_the_culprits_of_a_batch_go_missing(
+    workers: Callable[..., RewardWorker], function: str, reasons: dict[str, str]
 ) -> None:
-    components = score(workers(function), make_rollout(), make_rollout(does), make_rollout())[0]
-    assert [component.value for component in components] == [1.0, None, 1.0]
-    assert reason in str(components[1].missing)
+    first, *bad, last = score(workers(function), make_rollout(), *map(make_rollout, reasons), make_rollout())[0]
+    assert (first.value, last.value) == (1.0, 1.0)
+    for does, component in zip(reasons, bad, strict=True):
+        assert component.value is None
+        assert reasons[does] in str(component.missing)
+
+
+@pytest.mark.parametrize("does", ["endless_c", "memory"])
+def test_one_rollout_that_stops_a_batch_is_found(workers: Callable[..., RewardWorker], does: str) -> None:
+    values = [component.value for component in score(workers("batched"), make_rollout(), make_rollout(does))[0]]
+    assert values == [1.0, None]
 
 
 def test_async_functions_run_concurrently_and_blocking_ones_are_not_cut_short(
@@ -233,8 +263,8 @@ def test_replacements_leave_no_descriptor_and_no_zombie() -> None:
         descriptors = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
         num_replaced = worker.num_replaced
         for _ in range(2):
-            score(worker, make_rollout("os_exit"), make_rollout())
-        assert worker.num_replaced >= num_replaced + 2
+            score(worker, make_rollout(), make_rollout("os_exit"), make_rollout())
+        assert worker.num_replaced == num_replaced + 4
         assert len(os.listdir("/proc/self/fd")) == descriptors  # noqa: PTH208
     finally:
         worker.kill()

@@ -44,6 +44,11 @@ def prepare_process(num_threads: int | None = None) -> None:
         os.environ["OMP_NUM_THREADS"] = str(num_threads)
 
 
+def import_vllm() -> None:
+    """Imports what an engine needs: seconds that can pass while the model is still being made."""
+    import vllm.v1.engine.llm_engine  # noqa: F401
+
+
 @dataclass(slots=True)
 class _Group:
     request: SampleRequest

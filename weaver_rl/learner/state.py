@@ -8,7 +8,9 @@ counts as a sharded torch.distributed.checkpoint, loadable by any number of rank
 from __future__ import annotations
 
 import json
-from contextlib import ExitStack
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +54,8 @@ def save(
     optimizer_state = _optimizer_state(policy, optimizer) if with_optimizer else {}
     if optimizer_state:
         writer = FileSystemWriter(directory / "optimizer")
-        save_sharded(optimizer_state, storage_writer=writer, no_dist=not ranks.in_group)
+        with _without_process_group_warning():
+            save_sharded(optimizer_state, storage_writer=writer, no_dist=not ranks.in_group)
     (directory / "rng").mkdir(exist_ok=True)
     save_file(_rng_state(), _rng_path(directory, ranks.rank))
     if ranks.rank == 0:
@@ -122,10 +125,19 @@ def _read_optimizer(directory: Path, policy: Policy, ranks: Ranks) -> dict[torch
         # Fused AdamW keeps step counts on the device of the parameter.
         flat[f"step.{name}"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
         flat |= {f"{key}.{name}": torch.zeros_like(parameter) for key in _MOMENTS}
-    load_sharded(flat, storage_reader=reader, no_dist=not ranks.in_group)
+    with _without_process_group_warning():
+        load_sharded(flat, storage_reader=reader, no_dist=not ranks.in_group)
     return {
         parameter: {key: flat[f"{key}.{name}"] for key in (*_MOMENTS, "step")} for name, parameter in stepped.items()
     }
+
+
+@contextmanager
+def _without_process_group_warning() -> Iterator[None]:
+    """A learner of one rank has no process group on purpose."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        yield
 
 
 def _rng_path(directory: Path, rank: int) -> Path:

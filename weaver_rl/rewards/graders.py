@@ -90,7 +90,7 @@ class MathVerify(Section):
 
     def model_post_init(self, _context: Any) -> None:
         """Imports sympy now: inside the first call it would count as the plugin's own memory and time."""
-        import math_verify  # type: ignore[import-untyped]  # noqa: F401
+        import math_verify  # noqa: F401
 
     def __call__(self, rollout: Rollout) -> float:
         answer = gold_answer(rollout).strip()

