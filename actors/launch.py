@@ -33,7 +33,7 @@ from weaver_rl.metrics import MetricsWriter
 from weaver_rl.models.resolve import load_tokenizer, max_model_len, resolve_model, stop_token_ids
 from weaver_rl.placement import plan_placement
 from weaver_rl.report import write_report
-from weaver_rl.run_folder import RunClaim, RunFolder, write_atomically
+from weaver_rl.run_folder import RunClaim, RunFolder, ending, write_atomically
 from weaver_rl.tasks.load import load_scorer, load_task
 from weaver_rl.tasks.prompts import PromptStream
 from weaver_rl.tasks.task import Task
@@ -55,7 +55,6 @@ class Outcome:
     """What a finished run leaves."""
 
     summary: RunSummary
-    report: Path
     wall_seconds: float
 
 
@@ -80,18 +79,25 @@ def train(config: RunConfig, *, resume: bool, overwrite: bool, console: Console)
     """
     started = time.monotonic()
     folder = RunFolder(config.folder.absolute())
-    with _sigterm_interrupts(), folder.claim(resume=resume, overwrite=overwrite) as claim:
+    with _sigterm_interrupts(), folder.claim(resume=resume, overwrite=overwrite) as claim, _reported(claim):
         write_atomically(folder.config_yaml, dump_config(config))
         write_atomically(folder.config_json, config.model_dump_json(indent=2) + "\n")
-        try:
-            with make_view(console, title=f"weaver-rl · {config.name}") as view, connected(config.cluster, folder.logs):
-                summary = _train_connected(config, claim, view, resume)
-        finally:
-            with contextlib.suppress(FileNotFoundError):
-                write_report(folder.path)
+        with make_view(console, title=f"weaver-rl · {config.name}") as view, connected(config.cluster, folder.logs):
+            summary = _train_connected(config, claim, view, resume)
+    return Outcome(summary=summary, wall_seconds=time.monotonic() - started)
+
+
+@contextlib.contextmanager
+def _reported(claim: RunClaim) -> Iterator[None]:
+    """However the block ends, the run folder says so and has a report of what there is."""
+    try:
+        yield
         claim.end("finished")
-        report = write_report(folder.path)
-    return Outcome(summary=summary, report=report, wall_seconds=time.monotonic() - started)
+    except BaseException as error:
+        claim.end(*ending(error))
+        raise
+    finally:
+        write_report(claim.folder.path)
 
 
 def _train_connected(config: RunConfig, claim: RunClaim, view: LiveView, resume: bool) -> RunSummary:
@@ -156,6 +162,9 @@ async def _run(
         view.waiting("the learner to load the policy")
         await _start_learner(config, actors, prepared, transport)
         await rewards_up
+        if transport != "object_store":
+            await samplers_up
+            await _connect(config, actors)
         learner = RayLearnerGroup(actors.learner_ranks, config.learner.timeout_s)
         samplers = RaySamplerPool(
             actors.samplers,
@@ -259,6 +268,23 @@ def _sample_texts(task: Task) -> Iterator[str]:
 def _first(error: BaseException) -> BaseException:
     """What went wrong first: tasks that fail together come as a group, a person needs one reason."""
     return _first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
+
+
+async def _connect(config: RunConfig, actors: Actors) -> None:
+    """Joins learner ranks and samplers in one group for weights that go from GPU to GPU."""
+    timeout_s = config.weights.timeout_s
+    samplers = list(actors.samplers.values())
+    address = await answer(
+        actors.learner_ranks[0].free_address.remote(),
+        actor="learner rank 0",
+        doing="choosing a port",
+        timeout_s=timeout_s,
+    )
+    async with asyncio.TaskGroup() as tasks:
+        for rank, actor in enumerate(actors.learner_ranks):
+            joined = actor.connect_samplers.remote(samplers, config.sampler.tensor_parallel, address)
+            doing = "joining the samplers for weight transfer"
+            tasks.create_task(answer(joined, actor=f"learner rank {rank}", doing=doing, timeout_s=timeout_s))
 
 
 def _sampler_threads(config: RunConfig) -> int | None:

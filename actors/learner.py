@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ import ray
 
 from actors.calls import answer
 from actors.object_store import Chunk, publish
+from actors.transfer_client import SamplerClient
 from weaver_rl.errors import BatchError
 from weaver_rl.learner.config import LearnerConfig
 from weaver_rl.learner.microbatches import Shard, shard_data, unshard
@@ -50,9 +52,13 @@ class LearnerRank:
     """One rank. Made first (which imports torch), started when the model and the other ranks' address are there."""
 
     def __init__(self) -> None:
+        # Samplers work on the same cores while the learner waits: a spinning OpenMP pool would take them away.
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        os.environ.setdefault("GOMP_SPINCOUNT", "0")
         import transformers  # noqa: F401
 
         self._learner: Learner | None = None
+        self._transfer: Any = None
 
     def free_address(self) -> tuple[str, int]:
         """Where the ranks can meet: this node's address and a port free just now."""
@@ -91,8 +97,32 @@ class LearnerRank:
     def zero_grad(self) -> None:
         self._running().zero_grad()
 
+    def connect_samplers(self, samplers: Sequence[Any], tensor_parallel: int, address: tuple[str, int]) -> None:
+        """Joins the samplers for transfers from GPU to GPU; the object store needs none of this."""
+        if self._spec.transport == "object_store":
+            return
+        from weaver_rl.engines.weight_transfer import ChunkSource, open_transfer
+
+        learner = self._running()
+        self._source = ChunkSource(lambda: learner.state_chunks(self._spec.chunk_bytes))
+        self._transfer = open_transfer(
+            self._spec.transport,
+            client=SamplerClient(samplers, tensor_parallel, self._spec.config.timeout_s),
+            source=self._source,
+            rank=self._spec.rank,
+            master_addr=address[0],
+            master_port=address[1],
+            num_workers=len(samplers) * tensor_parallel,
+        )
+
     def publish_weights(self, version: int) -> PublishedWeights | None:
-        """Puts the weights into the object store. Every rank takes part in gathering them, rank 0 answers."""
+        """Sends the weights to the samplers' GPUs, or puts them into the object store for the samplers to fetch.
+
+        Every rank takes part in gathering them, rank 0 answers.
+        """
+        if self._transfer is not None:
+            self._transfer.send_weights()
+            return PublishedWeights(version=version, handle=None, num_bytes=self._source.num_bytes)
         published = publish(version, self._chunks())
         return published if self._spec.rank == 0 else None
 

@@ -12,9 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Literal, Self, get_args
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # type: ignore[import-untyped]
-from tensorboard.compat.proto.summary_pb2 import Summary  # type: ignore[import-untyped]
-from tensorboard.summary.writer.event_file_writer import EventFileWriter  # type: ignore[import-untyped]
+from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.event_file_writer import EventFileWriter
 
 from weaver_rl.errors import UserError, WeaverRLError
 from weaver_rl.run_folder import RunFolder, write_atomically
@@ -39,6 +39,7 @@ class Metric:
 METRICS: tuple[Metric, ...] = (
     Metric("eval/accuracy", "share of held-out problems solved by greedy sampling"),
     Metric("eval/num_prompts", "held-out problems evaluated", "prompts"),
+    Metric("eval/missing_fraction", "share of held-out problems whose deciding reward is missing"),
     Metric("eval/reward_mean", "mean task reward over the held-out problems", "reward"),
     Metric("eval/length_mean", "mean completion length in the evaluation", "tokens"),
     Metric("reward/mean", "mean reward of the scored rollouts", "reward"),

@@ -22,7 +22,7 @@ class ClusterConfig(Section):
     address: str | None = None
     """Address of a running Ray cluster; null: `RAY_ADDRESS` if set, else a cluster of this machine for this run."""
     placement: Literal["split", "colocated"] = "split"
-    """`split`: samplers and learner ranks on GPUs of their own. `colocated`: sampler i shares learner rank i's GPU."""
+    """`split`: samplers and learner ranks on GPUs of their own. `colocated`: one sampler and one learner rank share one GPU."""
     start_timeout_s: float = Field(default=30.0, gt=0)
     """Resources that are not granted by then are an error that prints asked and available."""
 
@@ -77,18 +77,16 @@ def _colocated(learner: LearnerConfig, sampler: SamplerConfig, learner_gpus: flo
         raise ResourcesError(
             "cluster.placement is colocated, but there are no GPUs to share. Use split, or join a cluster with GPUs."
         )
-    if sampler.num_replicas != learner.num_ranks or sampler.tensor_parallel != 1:
+    if (sampler.num_replicas, learner.num_ranks, sampler.tensor_parallel) != (1, 1, 1):
         raise ResourcesError(
-            f"colocated needs one sampler per learner rank without tensor parallelism: sampler.num_replicas is "
+            f"colocated is one sampler and one learner rank on one GPU; seen sampler.num_replicas "
             f"{sampler.num_replicas}, learner.num_ranks {learner.num_ranks}, sampler.tensor_parallel "
-            f"{sampler.tensor_parallel}. Make the first two equal and the third 1, or use split."
+            f"{sampler.tensor_parallel}. Make all of them 1, or use split."
         )
-    bundle = _bundle(learner.num_cpus + sampler.num_cpus, 1.0)
-    ranks = range(learner.num_ranks)
     return Placement(
-        bundles=tuple(dict(bundle) for _ in ranks),
-        learner_bundles=tuple(ranks),
-        sampler_bundles=tuple(ranks),
+        bundles=(_bundle(learner.num_cpus + sampler.num_cpus, 1.0),),
+        learner_bundles=(0,),
+        sampler_bundles=(0,),
         sampler_gpus=0.5,
         learner_gpus=0.5,
     )

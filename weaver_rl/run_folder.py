@@ -288,14 +288,15 @@ class RunClaim:
     ) -> None:
         try:
             if self.status.state == "running":
-                self.end(*_ending(error))
+                self.end(*ending(error))
         finally:
             self._lock.close()
 
 
-def _ending(error: BaseException | None) -> tuple[RunState, str | None]:
+def ending(error: BaseException | None) -> tuple[RunState, str | None]:
+    """How a run that left with this error ended, and why in words for the user."""
     if error is None or (isinstance(error, SystemExit) and not error.code):
         return "finished", None
     if isinstance(error, (KeyboardInterrupt, asyncio.CancelledError)):
-        return "interrupted", f"stopped by {type(error).__name__}"
+        return "interrupted", f"stopped by {str(error) or type(error).__name__}"
     return "failed", str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}"

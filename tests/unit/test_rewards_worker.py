@@ -135,12 +135,19 @@ def test_failures_harm_no_other_rollout_and_no_other_component(judged: list[dict
 
 
 def test_numbers_of_every_kind_are_accepted(each_worker: RewardWorker) -> None:
-    kinds = ["bool", "int", "numpy", "numpy_bool", "numpy_0d", "decimal", "noisy", "fork_and_return"]
+    kinds = ["fork_and_return", "bool", "int", "numpy", "numpy_bool", "numpy_0d", "decimal", "noisy"]
     values = score(each_worker, *map(make_rollout, kinds))[0]
     assert [(kind, c.value, c.missing) for kind, c in zip(kinds, values, strict=True)] == [
         (k, 1.0, None) for k in kinds
     ]
     assert all(type(component.value) is float for component in values)
+
+
+def test_a_forked_child_that_returns_does_not_answer_too(each_worker: RewardWorker) -> None:
+    for _ in range(3):
+        values = score(each_worker, make_rollout("fork_and_return"), make_rollout("nan"), make_rollout())
+        assert [component.value for component in values[0]] == [1.0, None, 1.0]
+        assert [component.value for component in values[1]] == [4.0, 4.0, 4.0]
 
 
 def test_seconds_are_measured(each_worker: RewardWorker) -> None:
@@ -251,6 +258,9 @@ def test_a_killed_worker_takes_its_grandchildren_along(tmp_path: Path) -> None:
         pids = [int(pid) for pid in pids_file.read_text().split()]
         assert len(pids) == 3
         assert [wait_for_death(pid) for pid in pids] == [True] * 3
+        components = score(worker, make_rollout("forked_holder", path=str(pids_file)))[0]
+        assert components[0].missing == "the worker process exited with code 5"
+        assert wait_for_death(int(pids_file.read_text()))
     finally:
         worker.kill()
 
@@ -314,25 +324,25 @@ def test_kill_interrupts_a_score_under_way() -> None:
 
 
 PARENT = """
-import asyncio, sys
-from pathlib import Path
-from weaver_rl.rewards.config import RewardSpec, RewardWorkersConfig
-from weaver_rl.rewards.pool import RewardWorker
+import asyncio
+from tests.unit.test_rewards_worker import make_rollout, make_worker
+from weaver_rl.rewards.config import RewardWorkersConfig
 
 async def main():
-    spec = RewardSpec(name="hostile.py:length")
-    worker = RewardWorker(specs=[spec], workers=RewardWorkersConfig(), base_dir=Path(sys.argv[1]))
-    await worker.start()
-    print(worker.pid, flush=True)
-    await asyncio.Event().wait()
+    worker = make_worker(
+        "misbehave",
+        workers=RewardWorkersConfig(timeout_s=600),
+        on_output=lambda printed: print(worker.pid, flush=True),
+    )
+    await worker.score([make_rollout("announced_loop")])
 
 asyncio.run(main())
 """
 
 
-def test_the_child_dies_with_a_killed_parent() -> None:
+def test_a_looping_child_dies_with_a_killed_parent() -> None:
     root = Path(__file__).parents[2]
-    command = [sys.executable, "-c", PARENT, str(PLUGINS)]
+    command = [sys.executable, "-c", PARENT]
     with subprocess.Popen(command, stdout=subprocess.PIPE, cwd=root) as parent:
         assert parent.stdout is not None
         child = int(parent.stdout.readline())

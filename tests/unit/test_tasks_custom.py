@@ -77,13 +77,7 @@ def test_a_class_that_is_no_task_is_refused_with_the_reason(tmp_path, text, name
 
 
 def test_a_problem_that_changes_from_call_to_call_is_refused(tmp_path):
-    text = GOOD.replace(
-        'f"2 * {self.start', "f\"{id(object())}{__import__('itertools').count}{self.calls()}{self.start"
-    )
-    text = text.replace(
-        "    def scorer",
-        "    def calls(self):\n        self.n = getattr(self, 'n', 0) + 1\n        return self.n\n\n    def scorer",
-    )
+    text = GOOD.replace("def problem(self, index):", "def problem(self, index):\n        self.start += 1")
     with pytest.raises(TaskError, match="two different problems"):
         load(tmp_path, text)
 

@@ -159,13 +159,13 @@ def test_a_long_wait_is_told_and_a_short_one_is_not():
         assert stream.seen.wait(10)
     assert "rank 1 to start" in stream.getvalue()
 
-    view, _, quiet = lines_view()
-    with view:
+    quiet = io.StringIO()
+    with LogLines(Console(file=quiet), silence_s=300) as view:
         view.waiting("samples")
         timer = view._timer
         view.step(1, METRICS)
         timer.join(10)
-    assert not timer.is_alive()
+        assert not timer.is_alive()
     assert "waiting" not in quiet.getvalue()
 
 

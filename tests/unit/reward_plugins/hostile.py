@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,7 +27,7 @@ def endless_loop_in_c() -> None:
 
 def eat_memory() -> None:
     while True:
-        HOARD.append(bytearray(32 * 2**20))
+        HOARD.append(bytearray(8 * 2**20))
 
 
 def recurse() -> None:
@@ -54,15 +55,22 @@ def leave_grandchildren_and_hang(path: str) -> None:
     pids = [subprocess.Popen(sleep).pid, subprocess.Popen(sleep, start_new_session=True).pid]
     if (forked := os.fork()) == 0:
         time.sleep(600)
-    with open(path, "w") as file:  # noqa: PTH123
-        file.write(" ".join(map(str, [*pids, forked])))
+    Path(path).write_text(" ".join(map(str, [*pids, forked])))
     endless_loop_in_c()
 
 
-def leave_a_forked_holder_and_die() -> None:
-    if os.fork() == 0:
+def leave_a_forked_holder_and_die(path: str | None = None) -> None:
+    """The forked child keeps our end of the channel and of the output pipe open."""
+    if (forked := os.fork()) == 0:
         time.sleep(600)
+    if path:
+        Path(path).write_text(str(forked))
     os._exit(5)
+
+
+def announce_and_loop() -> None:
+    sys.stdout.write("looping\n")
+    endless_loop_in_c()
 
 
 def raise_value_error() -> None:
@@ -113,6 +121,7 @@ ACTIONS: dict[str, Any] = {
     "memory_at_once": lambda: bytearray(2**40),
     "endless_python": lambda: all(True for _ in itertools.count()),
     "endless_c": endless_loop_in_c,
+    "announced_loop": announce_and_loop,
     "endless_print": print_endlessly,
     "closed_channel": close_every_descriptor,
     "forked_holder": leave_a_forked_holder_and_die,
@@ -131,8 +140,10 @@ ACTIONS: dict[str, Any] = {
 
 def misbehave(rollout: Rollout) -> Any:
     does = rollout.prompt.columns.get("does")
-    if does == "grandchildren":
-        return leave_grandchildren_and_hang(rollout.prompt.columns["path"])
+    if path := rollout.prompt.columns.get("path"):
+        return {"grandchildren": leave_grandchildren_and_hang, "forked_holder": leave_a_forked_holder_and_die}[does](
+            path
+        )
     return ACTIONS[does]() if does else 1.0
 
 
@@ -160,7 +171,8 @@ async def concurrently(rollout: Rollout) -> Any:
             time.sleep(0.1)
             await asyncio.sleep(0)
     if does == "awaits":
-        await asyncio.sleep(0.2)
+        for _ in range(8):
+            await asyncio.sleep(0.025)
         return 1.0
     await asyncio.sleep(0)
     return misbehave(rollout) if does != "blocks_often" else 1.0
