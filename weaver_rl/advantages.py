@@ -27,7 +27,8 @@ class Grpo(Section):
     """Added to the standard deviation."""
 
     def __call__(self, rewards_G: Float64Array, baseline: float = 0.0) -> Float64Array:
-        return np.asarray((rewards_G - rewards_G.mean()) / (rewards_G.std(ddof=1) + self.eps))
+        deviations_G = _deviations(rewards_G)
+        return np.asarray(deviations_G / (deviations_G.std(ddof=1) + self.eps))
 
 
 class MeanCentered(Section):
@@ -36,7 +37,7 @@ class MeanCentered(Section):
     name: Literal["mean_centered"] = "mean_centered"
 
     def __call__(self, rewards_G: Float64Array, baseline: float = 0.0) -> Float64Array:
-        return np.asarray(rewards_G - rewards_G.mean())
+        return _deviations(rewards_G)
 
 
 class Rloo(Section):
@@ -45,7 +46,7 @@ class Rloo(Section):
     name: Literal["rloo"] = "rloo"
 
     def __call__(self, rewards_G: Float64Array, baseline: float = 0.0) -> Float64Array:
-        return np.asarray((rewards_G - rewards_G.mean()) * len(rewards_G) / (len(rewards_G) - 1))
+        return np.asarray(_deviations(rewards_G) * len(rewards_G) / (len(rewards_G) - 1))
 
 
 class Reinforce(Section):
@@ -70,6 +71,13 @@ class Reinforce(Section):
 AdvantageConfig = Annotated[Grpo | MeanCentered | Rloo | Reinforce, Field(discriminator="name")]
 
 
+def _deviations(rewards_G: Float64Array) -> Float64Array:
+    # From the first reward, not from 0: the mean of equal floats need not be one of them, and a group without signal
+    # must come out as exactly 0.
+    from_first_G = rewards_G - rewards_G[0]
+    return np.asarray(from_first_G - from_first_G.mean())
+
+
 class NoCorrection(Section):
     """Every token counts as it is."""
 
@@ -90,6 +98,11 @@ class Tis(Section):
 CorrectionConfig = Annotated[NoCorrection | Tis, Field(discriminator="name")]
 
 
+def num_needed(estimator: Grpo | MeanCentered | Rloo | Reinforce) -> int:
+    """Scored rollouts that a group needs at least."""
+    return 1 if isinstance(estimator, Reinforce) else 2
+
+
 def group_advantages(
     rewards_G: list[float | None],
     estimator: Grpo | MeanCentered | Rloo | Reinforce,
@@ -101,7 +114,7 @@ def group_advantages(
     `reinforce` compares with no sibling, one reward is enough for it.
     """
     scored = np.array([r for r in rewards_G if r is not None], dtype=np.float64)
-    if len(scored) < (1 if isinstance(estimator, Reinforce) else 2):
+    if len(scored) < num_needed(estimator):
         return None
     values = iter(estimator(scored, baseline))
     return [None if r is None else float(next(values)) for r in rewards_G]
@@ -123,12 +136,13 @@ class LogprobGap:
 def logprob_gap(learner_logprobs_T: Float32Array, sampler_logprobs_T: Float32Array) -> LogprobGap:
     """Compares the two over all completion tokens of a batch, each an array (T,)."""
     delta = learner_logprobs_T.astype(np.float64) - sampler_logprobs_T
-    ratio = np.exp(delta)
+    # Relative to the largest, so that the squares do not overflow; the share does not depend on the scale.
+    ratio = np.exp(delta - delta.max())
     return LogprobGap(
         mean=float(np.abs(delta).mean()),
         max=float(np.abs(delta).max()),
-        kl=float((ratio - 1 - delta).mean()),
-        ess=float(ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum())),
+        kl=float((np.expm1(delta) - delta).mean()),
+        ess=min(1.0, float(ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum()))),
     )
 
 

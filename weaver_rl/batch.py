@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from weaver_rl.advantages import Grpo, MeanCentered, Reinforce, Rloo, group_advantages
+from weaver_rl.advantages import Grpo, MeanCentered, Reinforce, Rloo, group_advantages, num_needed
 from weaver_rl.types import Datum, Float32Array, ScoredRollout
 
 
@@ -68,7 +68,7 @@ def build_batch(
         if advantages_G is None:
             num_dropped += 1
             num_scored = sum(reward is not None for reward in rewards_G)
-            reason = f"group dropped: {num_scored} of {len(rewards_G)} rollouts scored, 2 needed"
+            reason = f"group dropped: {num_scored} of {len(rewards_G)} rollouts scored, {num_needed(estimator)} needed"
             advantages_G = [None] * len(rewards_G)
         else:
             reason = "reward missing"

@@ -8,10 +8,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, Tag, ValidationError, model_validator
+from pydantic_core import ErrorDetails
 
 from weaver_rl.advantages import AdvantageConfig, CorrectionConfig, Grpo, LogprobGapLimit, NoCorrection, Reinforce
 from weaver_rl.engines.config import SamplerConfig
@@ -122,7 +123,8 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     data = read_yaml(path)
     for override in overrides:
         _apply_override(data, override)
-    data.setdefault("base_dir", str(path.resolve().parent))
+    if data.get("base_dir") is None:
+        data["base_dir"] = str(path.resolve().parent)
     try:
         return RunConfig.model_validate(data)
     except ValidationError as error:
@@ -161,7 +163,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         last = depth == len(keys) - 1
         where = ".".join(keys[: depth + 1])
         if isinstance(node, list):
-            if not key.isdigit() or int(key) >= len(node):
+            if not key.isdecimal() or int(key) >= len(node):
                 raise ConfigError(f"override {override!r}: {where} is no item of a list of {len(node)}")
             if last:
                 node[int(key)] = value
@@ -170,9 +172,9 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         elif isinstance(node, dict):
             if last:
                 node[key] = value
-            elif node.get(key) is None:
-                node = node[key] = {}
             else:
+                if node.get(key) is None:
+                    node[key] = {}
                 node = node[key]
         else:
             raise ConfigError(f"override {override!r}: {'.'.join(keys[:depth])} is {node!r}, it has no keys")
@@ -181,12 +183,19 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 def explain(error: ValidationError, data: Any) -> str:
     """One line per mistake: key, what was seen, what is allowed."""
     lines = []
-    for item in error.errors(include_url=False):
-        key = ".".join(str(part) for part in _keys(item["loc"], data)) or "the configuration"
+    items = error.errors(include_url=False)
+    for item in items:
+        if any(
+            len(other["loc"]) > len(item["loc"]) and other["loc"][: len(item["loc"])] == item["loc"] for other in items
+        ):
+            continue  # what pydantic says of a list whose item is wrong only repeats that
+        key = ".".join(str(part) for part in _keys(item, data)) or "the configuration"
         if item["type"] == "extra_forbidden":
             lines.append(f"{key}: unknown key{_nearest(item['loc'], data)}")
         elif item["type"] == "missing":
             lines.append(f"{key}: missing, must be given")
+        elif item["type"] in ("union_tag_not_found", "union_tag_invalid"):
+            lines.append(f"{key}.name: {_which_name(item)}")
         elif item["type"] == "value_error":
             lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')}")
         else:
@@ -194,23 +203,30 @@ def explain(error: ValidationError, data: Any) -> str:
     return "; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines)
 
 
-def _keys(location: tuple[int | str, ...], data: Any) -> list[int | str]:
+def _which_name(item: ErrorDetails) -> str:
+    """What stands in place of the name of one of several sections, and the names that may."""
+    allowed = sorted(tag for tag, _ in _models_at(item["loc"]) if tag is not None)
+    seen = item["input"].get("name") if isinstance(item["input"], dict) else item["input"]
+    near = difflib.get_close_matches(str(seen), allowed, n=1)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return f"{'missing' if seen is None else f'seen {seen!r}'}; allowed: {', '.join(allowed)}{hint}"
+
+
+def _keys(item: ErrorDetails, data: Any) -> list[int | str]:
     """The part of a pydantic location that is really in the file (it also names the alternative of a union)."""
     keys: list[int | str] = []
     node = data
-    for position, part in enumerate(location):
+    for part in item["loc"]:
         inside = isinstance(node, list) and isinstance(part, int) and part < len(node)
         if (isinstance(node, dict) and part in node) or inside:
             node = node[part]
             keys.append(part)
-        elif position == len(location) - 1:
-            keys.append(part)
-    return keys
+    return [*keys, item["loc"][-1]] if item["type"] == "missing" else keys
 
 
 def _nearest(location: tuple[int | str, ...], data: Any) -> str:
     """The names that may stand where an unknown key stands, nearest first."""
-    allowed = _fields_at(location[:-1])
+    allowed = sorted({name for _, model in _models_at(location[:-1]) for name in model.model_fields})
     wrong = str(location[-1])
     close = difflib.get_close_matches(wrong, allowed, n=1, cutoff=0.5)
     if close:
@@ -218,29 +234,26 @@ def _nearest(location: tuple[int | str, ...], data: Any) -> str:
     return f"; allowed: {', '.join(sorted(allowed))}" if allowed else ""
 
 
-def _fields_at(location: tuple[int | str, ...]) -> list[str]:
-    models: list[Any] = [RunConfig]
+def _models_at(location: tuple[int | str, ...]) -> list[tuple[str | None, type[Section]]]:
+    """The sections that may stand at a location, each with its tag where it is one of several."""
+    models: list[tuple[str | None, type[Section]]] = [(None, RunConfig)]
     for part in location:
-        inner: list[Any] = []
-        for model in models:
-            field = model.model_fields.get(part) if isinstance(part, str) else None
-            if field is not None:
-                inner.extend(_models_in(field.annotation))
-        # An index or the tag of a union says nothing about fields: stay where we are, narrowed by the tag if possible.
-        if inner:
-            models = inner
-        elif isinstance(part, str):
-            tagged = [m for m in models if _tag(m) == part]
-            models = tagged or models
-    return sorted({name for model in models for name in model.model_fields})
+        fields = [model.model_fields[part] for _, model in models if part in model.model_fields]
+        inner = [found for field in fields for found in _models_in(field.annotation)]
+        # An index says nothing about fields, and a tag (pydantic names it in the location) only narrows: stay here.
+        models = inner or [(tag, model) for tag, model in models if tag == part] or models
+    return models
 
 
-def _tag(model: Any) -> str | None:
-    field = model.model_fields.get("name")
-    return field.default if field is not None and isinstance(field.default, str) else None
-
-
-def _models_in(annotation: Any) -> list[Any]:
+def _models_in(annotation: Any, tag: str | None = None) -> list[tuple[str | None, type[Section]]]:
     if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [model for part in getattr(annotation, "__args__", ()) for model in _models_in(part)]
+        return [(tag or _literal_name(annotation), annotation)]
+    tags = [item.tag for item in getattr(annotation, "__metadata__", ()) if isinstance(item, Tag)]
+    parts = getattr(annotation, "__args__", ())
+    return [found for part in parts for found in _models_in(part, tags[0] if tags else tag)]
+
+
+def _literal_name(model: type[Section]) -> str | None:
+    field = model.model_fields.get("name")
+    names = get_args(field.annotation) if field is not None and get_origin(field.annotation) is Literal else ()
+    return str(names[0]) if len(names) == 1 else None

@@ -95,6 +95,12 @@ class Controller:
 
     async def run(self, *, resume: bool = False) -> RunSummary:
         """Trains to the end and leaves the policy in the run folder; with `resume`, from the newest checkpoint."""
+        try:
+            return await self._run(resume)
+        finally:
+            await self._records_written()
+
+    async def _run(self, resume: bool) -> RunSummary:
         if resume:
             await self._restore()
         if self._state.step < self._warm_steps:
@@ -112,7 +118,6 @@ class Controller:
                 await self._train_step()
         self._view.waiting("the learner to write the final policy")
         await self._crew.learner.save_hf(self._folder.policy)
-        await self._records_written()
         return self._summary()
 
     # -- steps ---------------------------------------------------------------------------------------------------
@@ -278,9 +283,12 @@ class Controller:
         ]
         groups = await self._sample_and_score(prompts, requests, config.rollout.sampling.greedy(), stage="eval")
         result = evaluate([g.scored_G[0] for g in groups], config.deciding_reward, config.eval.success_at)
-        self._state = self._state.with_accuracy(result.accuracy)
         self._records.extend(eval_records(groups, self._state.step))
-        self._view.evaluation(result.accuracy, self._state.step)
+        if result.accuracy is None:
+            self._view.note(f"step {self._state.step}: no held-out completion has a reward; accuracy was not measured")
+        else:
+            self._state = self._state.with_accuracy(result.accuracy)
+            self._view.evaluation(result.accuracy, self._state.step)
         return _eval_metrics(result, groups)
 
     # -- bookkeeping ---------------------------------------------------------------------------------------------
@@ -294,12 +302,11 @@ class Controller:
         self._clock = StageClock()
         await self._write_records()
         if checkpoint:
-            with self._clock.stage("checkpoint"):
-                self._view.waiting(f"checkpoint of step {step}")
-                await self._records_written()
-                with self._checkpoints.writing(step) as directory:
-                    await self._crew.learner.save_state(directory)
-                    save_controller_state(directory, self._state.to_json())
+            self._view.waiting(f"checkpoint of step {step}")
+            await self._records_written()
+            with self._clock.stage("checkpoint"), self._checkpoints.writing(step) as directory:
+                await self._crew.learner.save_state(directory)
+                save_controller_state(directory, self._state.to_json())
         self._view.step(step, metrics)
 
     async def _restore(self) -> None:
@@ -325,9 +332,9 @@ class Controller:
 
     async def _records_written(self) -> None:
         if self._writing is not None:
+            writing, self._writing = self._writing, None
             with self._clock.stage("wait"):
-                await self._writing
-            self._writing = None
+                await writing
 
     def _next_baseline(self, batch: StepBatch) -> float | None:
         rewards = batch.rewards()
@@ -354,9 +361,10 @@ def _eval_metrics(result: EvalResult, groups: Sequence[ScoredGroup]) -> dict[str
     scored = [group.scored_G[0] for group in groups]
     rewards = [s.reward for s in scored if s.reward is not None]
     metrics = {
-        "eval/accuracy": result.accuracy,
         "eval/num_prompts": float(len(scored)),
         "eval/missing_fraction": result.num_missing / len(scored),
         "eval/length_mean": sum(len(s.rollout.completion.token_ids_L) for s in scored) / len(scored),
     }
+    if result.accuracy is not None:
+        metrics["eval/accuracy"] = result.accuracy
     return metrics | ({"eval/reward_mean": sum(rewards) / len(rewards)} if rewards else {})

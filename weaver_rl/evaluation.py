@@ -27,8 +27,8 @@ class EvalConfig(Section):
 class EvalResult:
     """One evaluation."""
 
-    accuracy: float
-    """Share of the scored completions that were right, in [0, 1]."""
+    accuracy: float | None
+    """Share of the scored completions that were right, in [0, 1]; None when none was scored."""
     num_scored: int
     num_missing: int
     """Completions whose reward is missing; they count neither as right nor as wrong."""
@@ -40,7 +40,7 @@ def evaluate(scored: Sequence[ScoredRollout], label: str, success_at: float) -> 
     present = [value for value in values if value is not None]
     right = sum(value >= success_at for value in present)
     return EvalResult(
-        accuracy=right / len(present) if present else 0.0,
+        accuracy=right / len(present) if present else None,
         num_scored=len(present),
         num_missing=len(values) - len(present),
     )

@@ -134,7 +134,7 @@ def _likely_cause(config: RunConfig) -> str:
             "correction.name tis."
         )
     precision = config.sampler.engine_args.get("dtype")
-    if config.learner.dtype != "float32" and precision != "float32":
+    if not config.learner.dtype == precision == "float32":
         return (
             "Likely cause: different precision on the two sides (the weights themselves were probed after the last "
             f"sync); learner.dtype is {config.learner.dtype}, sampler.engine_args.dtype {precision or 'unset'}. Use "

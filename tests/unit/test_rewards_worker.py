@@ -22,12 +22,15 @@ import pytest
 from weaver_rl.errors import RewardError
 from weaver_rl.rewards.config import RewardSpec, RewardWorkersConfig
 from weaver_rl.rewards.pool import RewardWorker
+from weaver_rl.rewards.process import OnOutput
 from weaver_rl.types import Completion, Prompt, RewardComponent, Rollout
 
 pytestmark = pytest.mark.unit
 
 PLUGINS = Path(__file__).parent / "reward_plugins"
-WORKERS = RewardWorkersConfig(timeout_s=0.5, memory_limit_mb=64, start_timeout_s=30)
+HURRIED_S = 0.5
+"""Deadline where a test waits for it; everywhere else it is one that a loaded machine cannot miss."""
+PATIENT_S = 30.0
 
 
 def make_rollout(does: str | None = None, *, text: str = "four", **columns: Any) -> Rollout:
@@ -41,18 +44,20 @@ def make_rollout(does: str | None = None, *, text: str = "four", **columns: Any)
     return Rollout(rollout_id=f"r-{does}", prompt=prompt, completion=completion, text=text)
 
 
-def make_worker(*names: str, **options: Any) -> RewardWorker:
+def make_worker(*names: str, timeout_s: float = PATIENT_S, on_output: OnOutput | None = None) -> RewardWorker:
     specs = [RewardSpec(name=f"hostile.py:{name}") for name in names]
-    return RewardWorker(specs=specs, workers=options.pop("workers", WORKERS), base_dir=PLUGINS, **options)
+    config = RewardWorkersConfig(timeout_s=timeout_s, memory_limit_mb=64, start_timeout_s=30)
+    return RewardWorker(specs=specs, workers=config, base_dir=PLUGINS, on_output=on_output)
 
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[Callable[..., RewardWorker]]:
     """One worker for each list of functions in the module: what one test does to it must not harm the next."""
-    made: dict[tuple[str, ...], RewardWorker] = {}
+    made: dict[tuple[Any, ...], RewardWorker] = {}
 
-    def worker_for(*names: str) -> RewardWorker:
-        return made.setdefault(names, made.get(names) or make_worker(*names))
+    def worker_for(*names: str, timeout_s: float = PATIENT_S) -> RewardWorker:
+        key = (*names, timeout_s)
+        return made.setdefault(key, made.get(key) or make_worker(*names, timeout_s=timeout_s))
 
     yield worker_for
     for worker in made.values():
@@ -105,9 +110,6 @@ MISSING = {
     "abort": "died with signal SIGABRT",
     "memory": r"used more than 64 MiB .*memory_limit_mb",
     "memory_at_once": r"used more than 64 MiB .*memory_limit_mb",
-    "endless_python": r"ran longer than 0\.5 s and was killed",
-    "endless_c": r"ran longer than 0\.5 s and was killed",
-    "endless_print": r"ran longer than 0\.5 s and was killed",
     "closed_channel": "its channel|exited with code",
     "forked_holder": "exited with code 5",
 }
@@ -134,6 +136,15 @@ def test_failures_harm_no_other_rollout_and_no_other_component(judged: list[dict
     assert {component.value for component in judged[1].values()} == {4.0}
 
 
+def test_endless_loops_are_killed_and_cost_only_their_own_score(workers: Callable[..., RewardWorker]) -> None:
+    rollouts = make_rollout(), *map(make_rollout, ["endless_python", "endless_c", "endless_print"]), make_rollout()
+    looped, length = score(workers("misbehave", "length", timeout_s=HURRIED_S), *rollouts)
+    assert [component.value for component in looped] == [1.0, None, None, None, 1.0]
+    assert {component.missing for component in looped[1:4]} == {"ran longer than 0.5 s and was killed"}
+    assert [component.value for component in length] == [4.0] * 5
+    assert all(HURRIED_S <= component.seconds < PATIENT_S for component in looped[1:4])
+
+
 def test_numbers_of_every_kind_are_accepted(each_worker: RewardWorker) -> None:
     kinds = ["fork_and_return", "bool", "int", "numpy", "numpy_bool", "numpy_0d", "decimal", "noisy"]
     values = score(each_worker, *map(make_rollout, kinds))[0]
@@ -150,10 +161,9 @@ def test_a_forked_child_that_returns_does_not_answer_too(each_worker: RewardWork
         assert [component.value for component in values[1]] == [4.0, 4.0, 4.0]
 
 
-def test_seconds_are_measured(each_worker: RewardWorker) -> None:
-    slow, hung = score(each_worker, make_rollout("slow"), make_rollout("endless_c"))[0]
-    assert 0.2 <= slow.seconds < 0.5
-    assert hung.seconds >= 0.5
+def test_seconds_are_those_of_each_rollout(each_worker: RewardWorker) -> None:
+    quick, slow = score(each_worker, make_rollout(), make_rollout("slow"))[0]
+    assert quick.seconds < 0.2 <= slow.seconds
 
 
 def test_what_a_rollout_leaves_behind_is_not_blamed_on_the_next(each_worker: RewardWorker) -> None:
@@ -196,7 +206,6 @@ def test_rollouts_that_cannot_be_sent_or_read_spoil_no_other() -> None:
                 "no_list": "raised TypeError",
                 "os_exit": "exited with code 3",
                 "memory": "used more than 64 MiB",
-                "endless_c": "ran longer than 0.5 s and was killed",
             },
         ),
         ("batched_async", {"exception": "raised ValueError"}),
@@ -205,8 +214,6 @@ def test_rollouts_that_cannot_be_sent_or_read_spoil_no_other() -> None:
             {
                 "exception": "raised ValueError",
                 "system_exit": "raised SystemExit",
-                "await_forever": "ran longer than 0.5 s and was cancelled",
-                "ignore_cancellation": "ran longer than 0.5 s and was cancelled",
             },
         ),
         ("concurrently", {"os_exit": "exited with code 3", "memory": "used more than 64 MiB"}),
@@ -222,35 +229,45 @@ def test_only_the_culprits_of_a_batch_go_missing(
         assert reasons[does] in str(component.missing)
 
 
-@pytest.mark.parametrize("does", ["endless_c", "memory"])
-def test_one_rollout_that_stops_a_batch_is_found(workers: Callable[..., RewardWorker], does: str) -> None:
-    values = [component.value for component in score(workers("batched"), make_rollout(), make_rollout(does))[0]]
-    assert values == [1.0, None]
+def test_the_endless_rollout_of_a_batch_is_found(workers: Callable[..., RewardWorker]) -> None:
+    worker = workers("batched", timeout_s=HURRIED_S)
+    found = score(worker, make_rollout(), make_rollout("endless_c"))[0]
+    assert [component.value for component in found] == [1.0, None]
+    assert found[1].missing == "ran longer than 0.5 s and was killed"
+
+
+def test_late_coroutines_are_cancelled_and_stubborn_ones_killed(workers: Callable[..., RewardWorker]) -> None:
+    worker = workers("concurrently", timeout_s=HURRIED_S)
+    found = score(worker, make_rollout(), *map(make_rollout, ["await_forever", "ignore_cancellation"]))[0]
+    assert [component.value for component in found] == [1.0, None, None]
+    assert {component.missing for component in found[1:]} == {"ran longer than 0.5 s and was cancelled"}
+    assert score(worker, make_rollout())[0][0].value == 1.0
+    assert worker.num_replaced == 1
 
 
 def test_async_functions_run_concurrently_and_blocking_ones_are_not_cut_short(
     workers: Callable[..., RewardWorker],
 ) -> None:
-    worker = workers("concurrently")
+    worker = workers("concurrently", timeout_s=HURRIED_S)
     asyncio.run(worker.start())
     started = time.monotonic()
-    waiting = score(worker, *[make_rollout("awaits")] * 16)[0]
-    assert [component.value for component in waiting] == [1.0] * 16
-    assert time.monotonic() - started < 16 * 0.2 / 2
+    waiting = score(worker, *[make_rollout("awaits")] * 32)[0]
+    assert [component.value for component in waiting] == [1.0] * 32
+    assert time.monotonic() - started < 32 * 0.2 / 2
     blocking = score(worker, *[make_rollout("slow")] * 3)[0]
     assert [component.value for component in blocking] == [1.0] * 3
 
 
 def test_a_blocking_coroutine_is_not_held_against_those_that_wait(workers: Callable[..., RewardWorker]) -> None:
     waits, blocks, waits_too = score(
-        workers("concurrently"), make_rollout("awaits"), make_rollout("blocks_often"), make_rollout("awaits")
+        workers("concurrently", timeout_s=HURRIED_S), *map(make_rollout, ["awaits", "blocks_often", "awaits"])
     )[0]
     assert (waits.value, waits_too.value) == (1.0, 1.0)
     assert "ran longer than 0.5 s" in str(blocks.missing)
 
 
 def test_a_killed_worker_takes_its_grandchildren_along(tmp_path: Path) -> None:
-    worker = make_worker("misbehave", workers=WORKERS.model_copy(update={"timeout_s": 1.5}))
+    worker = make_worker("misbehave", timeout_s=1.5)
     try:
         pids_file = tmp_path / "pids"
         components = score(worker, make_rollout("grandchildren", path=str(pids_file)))[0]
@@ -297,8 +314,7 @@ def test_close_ends_the_process_and_refuses_more_work() -> None:
 
 def test_a_cancelled_score_ends_at_once_and_the_worker_goes_on() -> None:
     async def run() -> None:
-        patient = WORKERS.model_copy(update={"timeout_s": 600.0})
-        async with make_worker("misbehave", workers=patient) as worker:
+        async with make_worker("misbehave", timeout_s=600) as worker:
             hanging = asyncio.create_task(worker.score([make_rollout("endless_c")] * 3))
             await asyncio.sleep(0.05)
             hanging.cancel()
@@ -312,7 +328,7 @@ def test_a_cancelled_score_ends_at_once_and_the_worker_goes_on() -> None:
 
 def test_kill_interrupts_a_score_under_way() -> None:
     async def run() -> None:
-        worker = make_worker("misbehave", workers=WORKERS.model_copy(update={"timeout_s": 600.0}))
+        worker = make_worker("misbehave", timeout_s=600)
         await worker.start()
         hanging = asyncio.create_task(worker.score([make_rollout("endless_c")]))
         await asyncio.sleep(0.05)
@@ -326,12 +342,11 @@ def test_kill_interrupts_a_score_under_way() -> None:
 PARENT = """
 import asyncio
 from tests.unit.test_rewards_worker import make_rollout, make_worker
-from weaver_rl.rewards.config import RewardWorkersConfig
 
 async def main():
     worker = make_worker(
         "misbehave",
-        workers=RewardWorkersConfig(timeout_s=600),
+        timeout_s=600,
         on_output=lambda printed: print(worker.pid, flush=True),
     )
     await worker.score([make_rollout("announced_loop")])
@@ -373,7 +388,7 @@ def test_plugins_that_cannot_be_imported_are_one_error(tmp_path: Path, source: s
 def test_a_source_changed_during_the_run_is_refused(tmp_path: Path) -> None:
     plugin = tmp_path / "mine.py"
     plugin.write_text("import os\ndef f(rollout): os._exit(1)")
-    worker = RewardWorker(specs=[RewardSpec(name="mine.py:f")], workers=WORKERS, base_dir=tmp_path)
+    worker = RewardWorker(specs=[RewardSpec(name="mine.py:f")], workers=RewardWorkersConfig(), base_dir=tmp_path)
     try:
         assert "exited with code 1" in str(score(worker, make_rollout())[0][0].missing)
         plugin.write_text("def f(rollout): return 0.5")

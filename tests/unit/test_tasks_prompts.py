@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+from tokenizers import processors
 
 from weaver_rl.errors import TaskError
 from weaver_rl.models.scratch import build_tokenizer
@@ -111,6 +112,16 @@ def test_chat_template_is_used_when_the_tokenizer_has_one(chat_tokenizer, tokeni
     assert render(problem, tokenizer, SUMS, 64).text == "5 + 3 ="
     brief = SUMS.model_copy(update={"system_prompt": "Brief."})
     assert render(problem, chat_tokenizer, brief, 64).text == "[system]Brief.[user]5 + 3 =[assistant]"
+
+
+def test_first_token_is_added_to_text_and_not_again_to_a_chat():
+    tokenizer = build_tokenizer(["a"], 300)
+    bos = ("<eos>", tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single="<eos> $A", special_tokens=[bos])
+    problem = Problem(problem_id="a", prompt="5")
+    assert render(problem, tokenizer, SUMS, 64).token_ids_P[0] == bos[1]
+    tokenizer.chat_template = "<eos>" + CHAT
+    assert render(problem, tokenizer, SUMS, 64).token_ids_P.count(bos[1]) == 1
 
 
 def test_chat_templates_that_cannot_be_used_are_errors(chat_tokenizer, tokenizer):

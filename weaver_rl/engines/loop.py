@@ -38,6 +38,20 @@ class Engine(Protocol):
 class _Command:
     run: Callable[[], Any]
     result: Future[Any]
+    waiting: Sequence[Future[Any]] = ()
+    """What the command will answer later; fails with it when it cannot be run."""
+
+    def fail(self, error: BaseException) -> None:
+        for future in (self.result, *self.waiting):
+            if not future.done():
+                future.set_exception(error)
+
+
+def _promise() -> Future[Any]:
+    """A future that a caller cannot cancel: an answer that nobody waits for any more must not end the thread."""
+    future: Future[Any] = Future()
+    future.set_running_or_notify_cancel()
+    return future
 
 
 class EngineLoop:
@@ -52,6 +66,8 @@ class EngineLoop:
         self._groups: dict[str, Future[GroupSample]] = {}
         self._scores: dict[str, Future[Float32Array]] = {}
         self._closed = False
+        # Whatever is sent before `_closed` is in the queue when the thread empties it for the last time.
+        self._sending = threading.Lock()
         self._started: Future[None] = Future()
         self._thread = threading.Thread(target=self._main, args=(build,), name="engine", daemon=True)
         self._thread.start()
@@ -66,7 +82,7 @@ class EngineLoop:
         """Queues groups so that all of them are in before the next engine step: the batch that the engine forms,
         and so every rounding in it, is then the same each time. `cold`: an idle engine forgets cached prefixes first.
         """
-        futures: list[Future[GroupSample]] = [Future() for _ in requests]
+        futures: list[Future[GroupSample]] = [_promise() for _ in requests]
 
         def add() -> None:
             if cold and not self._engine.has_work():
@@ -82,20 +98,17 @@ class EngineLoop:
                 else:
                     self._groups[request.group_id] = future
 
-        self._send(add)
+        self._send(add, futures)
         return futures
 
     def score(self, token_ids: Sequence[int]) -> Future[Float32Array]:
         """Log-probabilities (N-1,) of a fixed sequence, at temperature 1."""
-        future: Future[Float32Array] = Future()
+        future: Future[Float32Array] = _promise()
 
         def add() -> None:
-            try:
-                self._scores[self._engine.add_score(token_ids)] = future
-            except Exception as error:  # noqa: BLE001 - boundary: the caller gets it
-                future.set_exception(error)
+            self._scores[self._engine.add_score(token_ids)] = future
 
-        self._send(add)
+        self._send(add, [future])
         return future
 
     def call(self, function: Callable[[Any], T]) -> Future[T]:
@@ -104,23 +117,29 @@ class EngineLoop:
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Ends the thread and the engine; what is in flight fails with EngineError."""
-        if not self._closed:
-            self._closed = True
-            self._commands.put(_Command(lambda: None, Future()))
+        self._refuse_more()
         self._thread.join(timeout=timeout_s)
 
-    def _send(self, run: Callable[[], T]) -> Future[T]:
-        if self._closed:
-            raise EngineError("the engine is closed")
-        result: Future[T] = Future()
-        self._commands.put(_Command(run, result))
+    def _send(self, run: Callable[[], T], waiting: Sequence[Future[Any]] = ()) -> Future[T]:
+        result: Future[T] = _promise()
+        with self._sending:
+            if self._closed:
+                raise EngineError("the engine is closed")
+            self._commands.put(_Command(run, result, waiting))
         return result
+
+    def _refuse_more(self) -> None:
+        with self._sending:
+            if not self._closed:
+                self._closed = True
+                self._commands.put(_Command(lambda: None, _promise()))
 
     def _main(self, build: Callable[[], Engine]) -> None:
         try:
             self._engine = build()
         except BaseException as error:  # noqa: BLE001 - boundary: the starter gets it
             self._started.set_exception(error)
+            self._fail_all(EngineError(f"the engine did not start: {error}"))
             return
         self._started.set_result(None)
         try:
@@ -131,6 +150,13 @@ class EngineLoop:
         finally:
             self._fail_all(EngineError(f"{self._engine.name} was closed"))
             self._engine.close()
+
+    def _fail_all(self, error: EngineError) -> None:
+        """The thread ends: nothing is taken any more, and whoever waits is told."""
+        self._refuse_more()
+        self._fail_in_flight(error)
+        while not self._commands.empty():
+            self._commands.get().fail(error)
 
     def _run_commands(self) -> None:
         block = not self._engine.has_work()
@@ -143,14 +169,16 @@ class EngineLoop:
             try:
                 command.result.set_result(command.run())
             except BaseException as error:  # noqa: BLE001 - boundary: the caller gets it
-                command.result.set_exception(error)
+                command.fail(error)
 
     def _step(self) -> None:
         try:
             finished = self._engine.step()
         except Exception as error:  # noqa: BLE001 - boundary: a failed step fails what was in it, and is reported
             self._engine.abort_all()
-            self._fail_all(EngineError(f"{self._engine.name}: the engine step failed: {type(error).__name__}: {error}"))
+            self._fail_in_flight(
+                EngineError(f"{self._engine.name}: the engine step failed: {type(error).__name__}: {error}")
+            )
             return
         for sample in finished:
             self._groups.pop(sample.group_id).set_result(sample)
@@ -159,7 +187,7 @@ class EngineLoop:
             if logprobs is not None:
                 self._scores.pop(score_id).set_result(logprobs)
 
-    def _fail_all(self, error: EngineError) -> None:
+    def _fail_in_flight(self, error: EngineError) -> None:
         waiting: list[Future[Any]] = [*self._groups.values(), *self._scores.values()]
         self._groups.clear()
         self._scores.clear()

@@ -79,14 +79,18 @@ class Learner:
             master_port=master_port,
             timeout_s=config.timeout_s,
         )
-        self._policy = build_policy(
-            self._model_dir,
-            self._ranks,
-            device=self._device,
-            compute_dtype=self._compute_dtype,
-            chunk_tokens=config.logprob_chunk_tokens,
-            activation_checkpointing=config.activation_checkpointing,
-        )
+        try:
+            self._policy = build_policy(
+                self._model_dir,
+                self._ranks,
+                device=self._device,
+                compute_dtype=self._compute_dtype,
+                chunk_tokens=config.logprob_chunk_tokens,
+                activation_checkpointing=config.activation_checkpointing,
+            )
+        except BaseException:
+            self.close()
+            raise
         self._optimizer = torch.optim.AdamW(self._policy.parameters(), lr=0.0, fused=True)
 
     @property

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from weaver_rl.errors import ModelError
 from weaver_rl.losses.chunked_head import LogitTransform, target_logprobs
@@ -100,6 +101,7 @@ def decoder_of(model: Any) -> Any:
 
 def load_model(model_dir: Path) -> tuple[Any, LogitTransform]:
     """The model with float32 weights on the CPU, and what its logits undergo after the head, both checked."""
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, local_files_only=True)
     except (OSError, ValueError, KeyError, RuntimeError) as error:

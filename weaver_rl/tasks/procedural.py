@@ -38,7 +38,7 @@ HASH_ORDERED_DATASETS = ("isomorphic_strings", "polynomial_multiplication", "ran
 
 def build_dataset(name: str, args: Mapping[str, Any], seed: int, size: int) -> Any:
     """A reasoning-gym dataset object; every refusal is a TaskError that says what is allowed."""
-    from reasoning_gym.factory import DATASETS  # type: ignore[import-untyped]
+    from reasoning_gym.factory import DATASETS
 
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=3) or sorted(DATASETS)[:3]
@@ -54,7 +54,7 @@ def build_dataset(name: str, args: Mapping[str, Any], seed: int, size: int) -> A
     try:
         values = dict(args)
         if name == "composite":
-            from reasoning_gym.composite import DatasetSpec  # type: ignore[import-untyped]
+            from reasoning_gym.composite import DatasetSpec
 
             values["datasets"] = [DatasetSpec(**spec) for spec in values.get("datasets", [])]
         return dataset_class(config_class(**values, seed=seed, size=size))

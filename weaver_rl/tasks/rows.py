@@ -71,8 +71,8 @@ class ParquetRows:
     """
 
     def __init__(self, path: Path) -> None:
-        import pyarrow as pa  # type: ignore[import-untyped]
-        import pyarrow.parquet as pq  # type: ignore[import-untyped]
+        import pyarrow as pa
+        import pyarrow.parquet as pq
 
         self.path = _existing(path)
         try:

@@ -118,7 +118,7 @@ ACTIONS: dict[str, Any] = {
     "segfault": segfault,
     "abort": os.abort,
     "memory": eat_memory,
-    "memory_at_once": lambda: bytearray(2**40),
+    "memory_at_once": lambda: bytearray(128 * 2**20),
     "endless_python": lambda: all(True for _ in itertools.count()),
     "endless_c": endless_loop_in_c,
     "announced_loop": announce_and_loop,
@@ -141,9 +141,7 @@ ACTIONS: dict[str, Any] = {
 def misbehave(rollout: Rollout) -> Any:
     does = rollout.prompt.columns.get("does")
     if path := rollout.prompt.columns.get("path"):
-        return {"grandchildren": leave_grandchildren_and_hang, "forked_holder": leave_a_forked_holder_and_die}[does](
-            path
-        )
+        leave_grandchildren_and_hang(path) if does == "grandchildren" else leave_a_forked_holder_and_die(path)
     return ACTIONS[does]() if does else 1.0
 
 

@@ -1,0 +1,105 @@
+"""Shared by tests on real parts: the command itself as a process, and what it may leave behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import pytest
+
+REPOSITORY = Path(__file__).parents[2]
+TINY = REPOSITORY / "tests" / "ray" / "tiny.yaml"
+COMMAND = [str(Path(sys.executable).with_name("weaver-rl"))]
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A command that ended."""
+
+    status: int
+    output: str
+
+
+def started_by_runs() -> set[int]:
+    """Processes of Ray, of reward workers or of a run that are alive now."""
+    marks = ("raylet", "gcs_server", "ray::", "weaver_rl.rewards.worker", "weaver-rl train", "default_worker.py")
+    found = set()
+    for process in psutil.process_iter(["pid", "cmdline", "status"]):
+        line = " ".join(process.info["cmdline"] or ())
+        if process.info["status"] != psutil.STATUS_ZOMBIE and any(mark in line for mark in marks):
+            found.add(process.info["pid"])
+    return found
+
+
+def temporary_directories() -> set[str]:
+    return {path.name for path in Path("/tmp").glob("weaver-rl-*")}
+
+
+def shared_memory() -> set[str]:
+    return {path.name for path in Path("/dev/shm").iterdir()}
+
+
+@pytest.fixture
+def nothing_left_behind() -> Iterator[None]:
+    """After the test there is no process, temporary directory or shared memory that was not there before."""
+    before = started_by_runs(), temporary_directories(), shared_memory()
+    yield
+    remaining = [psutil.Process(pid) for pid in started_by_runs() - before[0] if psutil.pid_exists(pid)]
+    _, alive = psutil.wait_procs(remaining, timeout=30)
+    assert not alive, f"still running: {[' '.join(p.cmdline()) for p in alive if p.is_running()]}"
+    assert temporary_directories() <= before[1]
+    assert shared_memory() <= before[2]
+
+
+def run(*arguments: str, timeout_s: float = 240) -> Ended:
+    """Runs `weaver-rl` to its end."""
+    done = subprocess.run(
+        [*COMMAND, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout_s,
+        cwd=REPOSITORY,
+        env=_environment(),
+        check=False,
+    )
+    return Ended(done.returncode, done.stdout)
+
+
+def run_until(*arguments: str, seen: Callable[[str], bool], number: signal.Signals, timeout_s: float = 240) -> Ended:
+    """Runs `weaver-rl`, sends the signal once a line satisfies `seen`, and waits for the end."""
+    process = subprocess.Popen(
+        [*COMMAND, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        cwd=REPOSITORY,
+        env=_environment(),
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    lines = []
+    sent = False
+    try:
+        for line in process.stdout:
+            lines.append(line)
+            if not sent and seen(line):
+                process.send_signal(number)
+                sent = True
+        process.wait(timeout=timeout_s)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert sent, "".join(lines)
+    return Ended(process.returncode, "".join(lines))
+
+
+def _environment() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"} | {"COLUMNS": "200"}

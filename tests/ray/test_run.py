@@ -1,0 +1,187 @@
+"""Whole runs of the command on real Ray, real vLLM and the real learner: what they leave, resume, interrupt."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import REPOSITORY, TINY, run, run_until
+from safetensors.numpy import load_file
+
+from weaver_rl.metrics import MetricsLine, deterministic_part, read_metrics
+from weaver_rl.rollout_files import RecordedRollout, read_rollouts
+from weaver_rl.run_folder import RunFolder
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+LAST_STEP = 9
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    """One uninterrupted run."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    ended = run("train", str(TINY), f"run_dir={folder}")
+    assert ended.status == 0, ended.output
+    return RunFolder(folder)
+
+
+def test_a_run_leaves_everything(finished: RunFolder) -> None:
+    status = finished.read_status()
+    assert status is not None
+    assert status.state == "finished"
+    assert status.last_step == LAST_STEP
+    lines = list(read_metrics(finished.metrics_file))
+    assert [line.step for line in lines] == list(range(1, LAST_STEP + 1))
+    assert [line.phase for line in lines] == ["warm_start"] * 3 + ["train"] * 6
+    last = lines[-1].values
+    assert {"eval/accuracy", "reward/mean", "tokens_per_s", "seconds/sample", "logprob_gap/max"} <= set(last)
+    assert max(line.values.get("logprob_gap/max", 0.0) for line in lines) < 1e-4
+    assert max(line.values.get("sync/probe_max_abs", 0.0) for line in lines) < 1e-4
+    assert any(finished.tensorboard.glob("events*"))
+    report = finished.report.read_text()
+    assert "<svg" in report
+    assert "http://" not in report.replace("http://www.w3.org", "")
+
+
+def test_rollouts_hold_what_was_sampled_and_trained(finished: RunFolder) -> None:
+    records = [record for record in read_rollouts(finished.path) if record.phase == "train"]
+    assert len(records) == 6 * 16
+    for record in records:
+        completion = record.scored.rollout.completion
+        assert set(completion.versions_L.tolist()) == {record.step - 1}
+        assert [component.name for component in record.scored.components] == ["task", "tiny_rewards.py:brevity"]
+        assert record.importance_weights_L is not None
+        assert record.learner_logprobs_L is not None
+        assert record.advantage is not None
+        np.testing.assert_allclose(record.learner_logprobs_L, completion.logprobs_L, atol=1e-4)
+        np.testing.assert_allclose(record.importance_weights_L, record.advantage, rtol=1e-3, atol=1e-6)
+    seeds = [record.scored.rollout.seed for record in records]
+    assert len(set(seeds)) == len(seeds)
+
+
+def test_the_policy_loads_in_transformers_and_plain_vllm_alike(finished: RunFolder) -> None:
+    script = REPOSITORY / "tests" / "ray" / "compare_policy.py"
+    done = subprocess.run(
+        [sys.executable, str(script), str(finished.policy)], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert float(done.stdout.strip().splitlines()[-1]) < 1e-4
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_and_resumed_equals_uninterrupted(
+    finished: RunFolder, tmp_path: Path, number: signal.Signals
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    after = {signal.SIGINT: 6, signal.SIGTERM: 8}[number]
+    stopped = run_until(
+        "train",
+        str(TINY),
+        f"run_dir={folder.path}",
+        seen=lambda line: folder.metrics_file.exists() and len(folder.metrics_file.read_text().splitlines()) >= after,
+        number=number,
+    )
+    assert stopped.status == 130, stopped.output
+    assert "Traceback" not in stopped.output
+    status = folder.read_status()
+    assert status is not None
+    assert status.state == "interrupted"
+    assert number.name in (status.reason or "")
+    resumed = run("train", str(TINY), f"run_dir={folder.path}", "--resume")
+    assert resumed.status == 0, resumed.output
+    assert _comparable(folder) == _comparable(finished)
+    assert _weights(folder).keys() == _weights(finished).keys()
+    for name, tensor in _weights(finished).items():
+        np.testing.assert_array_equal(_weights(folder)[name], tensor, err_msg=name)
+    for ours, theirs in zip(read_rollouts(folder.path), read_rollouts(finished.path), strict=True):
+        assert _identity(ours) == _identity(theirs)
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+def test_two_ranks_two_samplers_and_a_treacherous_reward(finished: RunFolder, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    ended = run(
+        "train",
+        str(TINY),
+        f"run_dir={folder.path}",
+        "learner.num_ranks=2",
+        "learner.num_cpus=0.5",
+        "sampler.num_replicas=2",
+        "sampler.num_cpus=0.5",
+        "num_steps=2",
+        "rewards=[{name: task}, {name: 'tiny_rewards.py:treacherous', timeout_s: 1.0, weight: 0.0}]",
+        "reward_workers.max_missing_fraction=0.0",
+        "correction.name=none",
+        "correction.cap=null",
+    )
+    # `cap` belongs to tis alone: the error must say so, at once.
+    assert ended.status == 2, ended.output
+    ended = run(
+        "train",
+        str(TINY),
+        f"run_dir={folder.path}",
+        "learner.num_ranks=2",
+        "learner.num_cpus=0.5",
+        "sampler.num_replicas=2",
+        "sampler.num_cpus=0.5",
+        "num_steps=2",
+        "rewards=[{name: task}, {name: 'tiny_rewards.py:treacherous', timeout_s: 1.0, weight: 0.0}]",
+        "reward_workers.max_missing_fraction=0.0",
+    )
+    assert ended.status == 0, ended.output
+    records = [record for record in read_rollouts(folder.path) if record.phase == "train"]
+    assert {record.sampler for record in records} == {"sampler 0", "sampler 1"}
+    for record in records:
+        task, treacherous = record.scored.components
+        assert task.value is not None
+        assert (treacherous.value is None) == (record.scored.rollout.sample_index < 3)
+    reasons = {r.scored.rollout.sample_index: r.scored.components[1].missing or "" for r in records}
+    assert "exit" in reasons[0]
+    assert "longer than" in reasons[1]
+    assert "nan" in reasons[2].lower()
+    # The warm start saw the same data: two ranks compute what one computes.
+    for ours, theirs in zip(_lines(folder)[:3], _lines(finished)[:3], strict=True):
+        assert ours.values["loss"] == pytest.approx(theirs.values["loss"], rel=1e-5)
+        assert ours.values["grad_norm"] == pytest.approx(theirs.values["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+def test_resources_that_are_not_there_are_an_error_at_once(tmp_path: Path) -> None:
+    ended = run("train", str(TINY), f"run_dir={tmp_path / 'run'}", "learner.num_ranks=1000", timeout_s=60)
+    assert ended.status == 2
+    assert "asked 1001" in ended.output
+    assert "available" in ended.output
+    assert "Traceback" not in ended.output
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["state"] == "failed"
+
+
+def _lines(folder: RunFolder) -> list[MetricsLine]:
+    return list(read_metrics(folder.metrics_file))
+
+
+def _comparable(folder: RunFolder) -> list[tuple[int, str, dict[str, float]]]:
+    return [(line.step, line.phase, deterministic_part(line.values)) for line in _lines(folder)]
+
+
+def _weights(folder: RunFolder) -> dict[str, np.ndarray]:
+    return {name: tensor for file in folder.policy.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def _identity(record: RecordedRollout) -> tuple[object, ...]:
+    rollout = record.scored.rollout
+    weights = None if record.importance_weights_L is None else record.importance_weights_L.tolist()
+    return (
+        rollout.rollout_id,
+        rollout.text,
+        rollout.completion.token_ids_L.tolist(),
+        rollout.completion.logprobs_L.tolist(),
+        record.scored.reward,
+        weights,
+    )
