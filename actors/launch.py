@@ -35,8 +35,7 @@ from weaver_rl.placement import plan_placement
 from weaver_rl.report import write_report
 from weaver_rl.run_folder import RunClaim, RunFolder, ending, write_atomically
 from weaver_rl.tasks.load import load_scorer, load_task
-from weaver_rl.tasks.prompts import PromptStream
-from weaver_rl.tasks.task import Task
+from weaver_rl.tasks.prompts import PromptStream, sample_texts
 from weaver_rl.terminal import LiveView, make_view
 from weaver_rl.weights.config import Transport, resolve_transport
 from weaver_rl.weights.probe import probe_token_ids
@@ -47,7 +46,6 @@ if TYPE_CHECKING:
 
 FLOAT32_PROBE_TOLERANCE = 1e-3
 LOW_PRECISION_PROBE_TOLERANCE = 0.2
-NUM_SAMPLE_TEXTS = 512
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +122,9 @@ def _train_connected(config: RunConfig, claim: RunClaim, view: LiveView, resume:
 def _prepare(config: RunConfig) -> Prepared:
     assert config.base_dir is not None
     task = load_task(config.task, config.base_dir, config.seed)
-    model_dir = resolve_model(config.model, config.folder.absolute(), lambda: _sample_texts(task), config.base_dir)
+    model_dir = resolve_model(
+        config.model, config.folder.absolute(), lambda: sample_texts(task, config.task), config.base_dir
+    )
     tokenizer = load_tokenizer(model_dir)
     longest = max_model_len(model_dir)
     max_len = min(longest, int(config.sampler.engine_args.get("max_model_len", longest)))
@@ -254,15 +254,6 @@ async def _start_learner(config: RunConfig, actors: Actors, prepared: Prepared, 
                     timeout_s=timeout_s,
                 )
             )
-
-
-def _sample_texts(task: Task) -> Iterator[str]:
-    """Prompts and answers for a tokenizer to be trained on."""
-    for index in range(min(NUM_SAMPLE_TEXTS, task.num_problems or NUM_SAMPLE_TEXTS)):
-        problem = task.problem(index)
-        yield from [problem.prompt] if isinstance(problem.prompt, str) else [m["content"] for m in problem.prompt]
-        if problem.answer is not None:
-            yield problem.answer
 
 
 def _first(error: BaseException) -> BaseException:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from pydantic import Field
 
 from weaver_rl.section import Section
+from weaver_rl.summation import mean, std, total
 from weaver_rl.types import Float32Array
 
 Float64Array = npt.NDArray[np.float64]
@@ -28,7 +29,7 @@ class Grpo(Section):
 
     def __call__(self, rewards_G: Float64Array, baseline: float = 0.0) -> Float64Array:
         deviations_G = _deviations(rewards_G)
-        return np.asarray(deviations_G / (deviations_G.std(ddof=1) + self.eps))
+        return np.asarray(deviations_G / (std(deviations_G, ddof=1) + self.eps))
 
 
 class MeanCentered(Section):
@@ -75,7 +76,7 @@ def _deviations(rewards_G: Float64Array) -> Float64Array:
     # From the first reward, not from 0: the mean of equal floats need not be one of them, and a group without signal
     # must come out as exactly 0.
     from_first_G = rewards_G - rewards_G[0]
-    return np.asarray(from_first_G - from_first_G.mean())
+    return np.asarray(from_first_G - mean(from_first_G))
 
 
 class NoCorrection(Section):
@@ -139,10 +140,10 @@ def logprob_gap(learner_logprobs_T: Float32Array, sampler_logprobs_T: Float32Arr
     # Relative to the largest, so that the squares do not overflow; the share does not depend on the scale.
     ratio = np.exp(delta - delta.max())
     return LogprobGap(
-        mean=float(np.abs(delta).mean()),
+        mean=mean(np.abs(delta)),
         max=float(np.abs(delta).max()),
-        kl=float((np.expm1(delta) - delta).mean()),
-        ess=min(1.0, float(ratio.sum() ** 2 / (len(ratio) * (ratio**2).sum()))),
+        kl=mean(np.expm1(delta) - delta),
+        ess=min(1.0, total(ratio) ** 2 / (len(ratio) * total(ratio**2))),
     )
 
 

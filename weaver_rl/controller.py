@@ -36,6 +36,7 @@ from weaver_rl.run_folder import RunFolder
 from weaver_rl.run_state import RunState
 from weaver_rl.stage_clock import StageClock
 from weaver_rl.step_metrics import step_metrics
+from weaver_rl.summation import mean
 from weaver_rl.terminal import LiveView
 from weaver_rl.types import GroupSample, Prompt, Rollout, SampleRequest
 from weaver_rl.weights.sync import WeightSync
@@ -340,7 +341,7 @@ class Controller:
         rewards = batch.rewards()
         if not isinstance(self._config.advantage, Reinforce) or len(rewards) == 0:
             return self._state.baseline
-        return self._config.advantage.next_baseline(self._state.baseline, float(rewards.mean()))
+        return self._config.advantage.next_baseline(self._state.baseline, mean(rewards))
 
     def _is_due(self, every: int) -> bool:
         done = self._state.step - self._warm_steps

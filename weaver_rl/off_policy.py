@@ -15,6 +15,7 @@ from weaver_rl.batch import BatchEntry, StepBatch, completion_part, sequence_dat
 from weaver_rl.config import RunConfig
 from weaver_rl.errors import LogprobGapError
 from weaver_rl.losses.config import CrossEntropy, ImportanceSampling
+from weaver_rl.summation import mean
 from weaver_rl.types import Datum, Float32Array, ForwardOutput
 
 
@@ -67,13 +68,13 @@ class LearnInput:
         weights_T = np.concatenate(self.importance_weights)
         clip = loss.clip_ratio if isinstance(loss, ImportanceSampling) else None
         metrics = {
-            "importance_weights/mean": float(weights_T.mean()),
-            "importance_weights/abs_mean": float(np.abs(weights_T).mean()),
-            "importance_weights/clipped_fraction": float((np.abs(weights_T) > clip).mean()) if clip else 0.0,
+            "importance_weights/mean": mean(weights_T),
+            "importance_weights/abs_mean": mean(np.abs(weights_T)),
+            "importance_weights/clipped_fraction": mean(np.abs(weights_T) > clip) if clip else 0.0,
         }
         if self.corrections is not None:
             corrections_T = np.concatenate(self.corrections)
-            metrics["correction/mean"] = float(corrections_T.mean())
+            metrics["correction/mean"] = mean(corrections_T)
         return metrics
 
 

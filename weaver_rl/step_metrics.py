@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from weaver_rl.batch import StepBatch
+from weaver_rl.summation import mean, std, total
 from weaver_rl.types import RewardComponent
 
 
@@ -17,12 +18,12 @@ def step_metrics(batch: StepBatch, version: int) -> dict[str, float]:
     stops = [c.stop_reason for c in completions]
     metrics = {
         "rollout/count": len(completions),
-        "rollout/length_mean": lengths.mean(),
+        "rollout/length_mean": mean(lengths),
         "rollout/length_max": lengths.max(),
         "rollout/truncated_fraction": stops.count("length") / len(stops),
-        "rollout/logprob_mean": logprobs.mean(),
+        "rollout/logprob_mean": mean(logprobs),
         "sampler/num_tokens": lengths.sum(),
-        "lag/mean": lags.mean(),
+        "lag/mean": mean(lags),
         "lag/max": lags.max(),
         "groups/trained": batch.num_groups - batch.num_groups_dropped,
         "groups/dropped": batch.num_groups_dropped,
@@ -32,14 +33,14 @@ def step_metrics(batch: StepBatch, version: int) -> dict[str, float]:
     rewards = batch.rewards()
     if len(rewards):
         metrics |= {
-            "reward/mean": rewards.mean(),
-            "reward/std": rewards.std(),
+            "reward/mean": mean(rewards),
+            "reward/std": std(rewards),
             "reward/min": rewards.min(),
             "reward/max": rewards.max(),
         }
     advantages = np.array([entry.advantage for entry in batch.trained()], dtype=np.float64)
     if len(advantages):
-        metrics |= {"advantage/mean": advantages.mean(), "advantage/std": advantages.std()}
+        metrics |= {"advantage/mean": mean(advantages), "advantage/std": std(advantages)}
     components = [component for entry in batch.entries for component in entry.scored.components]
     for name in dict.fromkeys(component.name for component in components):
         metrics |= _component_metrics(name, [c for c in components if c.name == name])
@@ -50,13 +51,8 @@ def _component_metrics(name: str, components: list[RewardComponent]) -> dict[str
     values = np.array([c.value for c in components if c.value is not None], dtype=np.float64)
     metrics = {
         f"reward/{name}/missing_fraction": 1 - len(values) / len(components),
-        f"reward/{name}/seconds": _mean(c.seconds for c in components),
+        f"reward/{name}/seconds": total(c.seconds for c in components) / len(components),
     }
     if len(values):
-        metrics |= {f"reward/{name}/mean": float(values.mean()), f"reward/{name}/std": float(values.std())}
+        metrics |= {f"reward/{name}/mean": mean(values), f"reward/{name}/std": std(values)}
     return metrics
-
-
-def _mean(values: Iterable[float]) -> float:
-    listed = list(values)
-    return sum(listed) / len(listed)

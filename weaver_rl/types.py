@@ -1,6 +1,6 @@
 """The records that cross process boundaries: frozen, slotted, keyword-only. They know neither Ray, torch nor vLLM.
 
-Suffixes name axes: `_P` tokens of a prompt, `_L` tokens of a completion, `_N` tokens of a datum, `_G` rollouts of a group.
+Suffixes name axes: `_P` tokens of a prompt, `_L` of a completion, `_N` of a datum, `_G` rollouts of a group.
 """
 
 from __future__ import annotations

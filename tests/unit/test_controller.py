@@ -1,0 +1,412 @@
+"""The loop with named fakes: order of calls, resume, weight sync that fails, and ends that leave nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fakes import Calls, FakeLearner, FakePrompts, FakeRewards, FakeSamplers, FakeView, make_config
+
+from weaver_rl.checkpoints import Checkpoints
+from weaver_rl.config import RunConfig
+from weaver_rl.controller import Controller, Crew, RunSummary
+from weaver_rl.errors import CheckpointError, LogprobGapError, MissingRewardsError, WeightSyncError
+from weaver_rl.metrics import MetricsWriter, deterministic_part, read_metrics
+from weaver_rl.rollout_files import read_rollouts, recorded_steps
+from weaver_rl.run_folder import RunFolder
+from weaver_rl.weights.probe import probe_token_ids
+from weaver_rl.weights.sync import WeightSync
+
+pytestmark = pytest.mark.unit
+
+PROBE = probe_token_ids(12, 16)
+
+
+class Run:
+    """A controller with its fakes on a folder; `calls` is what they were asked, in order, over all of them."""
+
+    def __init__(self, path: Path, config: RunConfig | None = None, **samplers: Any) -> None:
+        self.config = config or make_config()
+        self.calls: Calls = []
+        self.folder = RunFolder(path)
+        for directory in (path, self.folder.rollouts, self.folder.checkpoints):
+            directory.mkdir(exist_ok=True)
+        self.learner = FakeLearner(calls=self.calls)
+        self.samplers = FakeSamplers(calls=self.calls, **samplers)
+        self.rewards = FakeRewards(calls=self.calls)
+        self.view = FakeView()
+        self.tasks_left: list[asyncio.Task[Any]] = []
+
+    async def _go(self, resume: bool) -> RunSummary:
+        with MetricsWriter(self.folder) as metrics:
+            controller = Controller(
+                config=self.config,
+                crew=Crew(prompts=FakePrompts(), samplers=self.samplers, rewards=self.rewards, learner=self.learner),
+                sync=WeightSync(self.learner, self.samplers, PROBE, tolerance=1e-3),
+                folder=self.folder,
+                checkpoints=Checkpoints(self.folder.checkpoints, self.config.checkpoint.keep),
+                metrics=metrics,
+                view=self.view,
+            )
+            try:
+                return await controller.run(resume=resume)
+            finally:
+                me = asyncio.current_task()
+                self.tasks_left = [task for task in asyncio.all_tasks() if task is not me]
+
+    def go(self, *, resume: bool = False) -> RunSummary:
+        return asyncio.run(self._go(resume))
+
+    def metrics(self) -> list[tuple[int, str, dict[str, float]]]:
+        lines = read_metrics(self.folder.metrics_file)
+        return [(line.step, line.phase, deterministic_part(line.values)) for line in lines]
+
+    def rollouts(self) -> list[str]:
+        return [repr(record) for record in read_rollouts(self.folder.path)]
+
+    def names(self) -> list[str]:
+        return [call[0] for call in self.calls]
+
+    def learning(self) -> list[tuple[Any, ...]]:
+        """What trained the policy; probes and publications, which a resume repeats, left out."""
+        return [call for call in self.calls if call[0] in ("forward_backward", "optim_step")]
+
+
+def first(error: BaseException) -> BaseException:
+    return first(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    run = Run(tmp_path_factory.mktemp("whole"))
+    run.summary = run.go()  # type: ignore[attr-defined]
+    return run
+
+
+def test_a_whole_run_leaves_everything(whole: Run):
+    metrics = whole.metrics()
+    assert [(step, phase) for step, phase, _ in metrics] == [
+        (1, "warm_start"),
+        (2, "warm_start"),
+        *((step, "train") for step in (3, 4, 5, 6)),
+    ]
+    assert [step for step, _, values in metrics if "eval/accuracy" in values] == [2, 4, 6]
+    assert whole.view.phases == [("warm_start", 2, 0), ("train", 4, 2)]
+    assert whole.view.steps == [1, 2, 3, 4, 5, 6]
+    assert [step for _, step in whole.view.evaluations] == [2, 4, 6]
+    assert recorded_steps(whole.folder.path) == [2, 3, 4, 5, 6]
+    assert Checkpoints(whole.folder.checkpoints, 20).steps() == [2, 3, 4, 5, 6]
+    assert (whole.folder.policy / "theta.json").read_text() == str(whole.learner.theta)
+    assert whole.names()[-1] == "save_hf"
+    assert whole.tasks_left == []
+
+
+def test_summary_has_both_accuracies_and_the_position(whole: Run):
+    summary = whole.summary  # type: ignore[attr-defined]
+    by_step = {step: accuracy for accuracy, step in whole.view.evaluations}
+    assert (summary.accuracy_before, summary.accuracy_after) == (by_step[2], by_step[6])
+    assert summary.state.step == 6
+    assert summary.state.position == 2 * 3 + 4 * 3
+    trained = [r for r in read_rollouts(whole.folder.path) if r.phase == "train"]
+    assert summary.state.sampled_tokens == sum(len(r.scored.rollout.completion.token_ids_L) for r in trained)
+    assert summary.tokens_per_s > 0
+
+
+def test_every_step_samples_with_the_version_before_it(whole: Run):
+    for record in read_rollouts(whole.folder.path):
+        expected = record.step - 1 if record.phase == "train" else record.step
+        assert set(record.scored.rollout.completion.versions_L.tolist()) == {expected}
+    assert all(values["lag/max"] == 0 for _, phase, values in whole.metrics() if phase == "train")
+
+
+def test_order_of_one_training_step(whole: Run):
+    names = whole.names()
+    start = names.index("optim_step", names.index("generate"))  # the update of step 3
+    third = [name for name in names[start:] if name != "reward"]
+    assert third[:8] == [
+        "optim_step",
+        "publish_weights",
+        "load_weights",
+        "forward",
+        "score",
+        "save_state",
+        "generate",
+        "forward_backward",
+    ]
+    loaded = None
+    for call in whole.calls:
+        if call[0] == "load_weights":
+            loaded = call[1]
+        if call[0] == "generate":
+            step = int(call[1][0].split("-")[-2])
+            assert loaded == (step if call[1][0].startswith("eval") else step - 1)
+
+
+def test_prompts_are_taken_once_and_in_order(whole: Run):
+    groups = {r.group_id: r.scored.rollout.prompt.prompt_id for r in read_rollouts(whole.folder.path)}
+    trained = [prompt for group, prompt in groups.items() if not group.startswith("eval")]
+    assert trained == [f"train-{index}" for index in range(6, 18)]
+
+
+def test_seeds_are_all_different_within_a_run(whole: Run):
+    seeds = [r.scored.rollout.seed for r in read_rollouts(whole.folder.path) if r.phase == "train"]
+    assert len(seeds) == len(set(seeds)) == 4 * 3 * 4
+
+
+def test_recorded_importance_weights_are_the_advantage_on_every_token(whole: Run):
+    records = [r for r in read_rollouts(whole.folder.path) if r.phase == "train"]
+    assert all(r.used_in_training for r in records)
+    for record in records:
+        assert record.importance_weights_L is not None
+        assert record.learner_logprobs_L is not None
+        completion = record.scored.rollout.completion
+        assert record.importance_weights_L == pytest.approx([record.advantage] * len(completion.token_ids_L))
+        assert record.learner_logprobs_L == pytest.approx(completion.logprobs_L)
+
+
+def test_seconds_of_a_step_add_up(whole: Run):
+    for line in read_metrics(whole.folder.metrics_file):
+        stages = [v for k, v in line.values.items() if k.startswith("seconds/") and k != "seconds/step"]
+        assert sum(stages) == pytest.approx(line.values["seconds/step"], rel=1e-6)
+
+
+@pytest.mark.parametrize("arrival", ["reversed", "rotated"])
+def test_arrival_order_changes_nothing(tmp_path: Path, whole: Run, arrival: str):
+    orders = {"reversed": lambda s: s[::-1], "rotated": lambda s: s[1:] + s[:1]}
+    run = Run(tmp_path, arrival=orders[arrival])
+    run.rewards.delay = lambda group_id: {"0": 7, "1": 0, "2": 3}.get(group_id[-1], 1)
+    run.go()
+    assert run.metrics() == whole.metrics()
+    assert run.rollouts() == whole.rollouts()
+    assert run.learning() == whole.learning()
+
+
+def test_without_a_warm_start_version_0_is_synced_and_evaluated_first(tmp_path: Path):
+    run = Run(tmp_path, make_config(warm_start=None, num_steps=1))
+    summary = run.go()
+    assert run.names()[:5] == ["publish_weights", "load_weights", "forward", "score", "generate"]
+    assert run.calls[0][1] == 0
+    assert recorded_steps(tmp_path) == [0, 1]
+    assert summary.accuracy_before is not None
+    assert summary.accuracy_after is not None
+
+
+def test_a_warm_start_alone_is_a_run(tmp_path: Path):
+    run = Run(tmp_path, make_config(num_steps=0))
+    summary = run.go()
+    assert summary.accuracy_before == summary.accuracy_after is not None
+    assert run.names()[-1] == "save_hf"
+
+
+# -- disagreement of the log-probabilities ---------------------------------------------------------------------------
+
+
+def test_a_lying_sampler_stops_the_run_before_its_update(tmp_path: Path):
+    run = Run(tmp_path, lie_from_version=4)
+    with pytest.raises(LogprobGapError, match=r"mean .* 0\.5 nats"):
+        run.go()
+    assert run.names().count("optim_step") == 4  # steps 1 to 4; step 5 was sampled with version 4
+    assert [step for step, _, _ in run.metrics()] == [1, 2, 3, 4]
+    assert run.names()[-1] == "forward_backward"
+    assert run.tasks_left == []
+
+
+def test_gap_below_the_limit_is_measured(whole: Run):
+    for _, phase, values in whole.metrics():
+        if phase == "train":
+            assert values["logprob_gap/max"] == 0
+            assert values["logprob_gap/ess"] == 1
+
+
+def test_correction_asks_the_learner_before_the_update(tmp_path: Path):
+    config = make_config(correction={"name": "tis", "cap": 2.0}, logprob_gap={"max_mean": 1.0})
+    run = Run(tmp_path, config, lie_from_version=2)
+    run.go()
+    forwards = [call[1] for call in run.calls if call[0] == "forward" and call[1] != ("probe",)]
+    assert len(forwards) == 4
+    trained = [r for r in read_rollouts(tmp_path) if r.phase == "train"]
+    for record in trained:
+        assert record.importance_weights_L == pytest.approx(record.advantage * 2.718281828**-0.5, rel=1e-5)
+    assert all(v["correction/mean"] == pytest.approx(2.718281828**-0.5) for _, p, v in run.metrics() if p == "train")
+
+
+# -- rewards that are missing ----------------------------------------------------------------------------------------
+
+
+def test_missing_rewards_over_the_limit_stop_the_run_with_reasons(tmp_path: Path):
+    run = Run(tmp_path)
+    run.rewards.missing = lambda rollout: rollout.rollout_id.startswith("000004") and rollout.sample_index > 1
+    with pytest.raises(MissingRewardsError, match=r"6 of 12 .* 25\.0%[\s\S]*6 × task raised ZeroDivisionError"):
+        run.go()
+    assert [step for step, _, _ in run.metrics()] == [1, 2, 3]
+    assert run.names().count("optim_step") == 3
+
+
+def test_missing_rewards_below_the_limit_are_left_out_and_counted(tmp_path: Path):
+    run = Run(tmp_path)
+    run.rewards.missing = lambda rollout: rollout.rollout_id.startswith("000004-0001") and rollout.sample_index != 2
+    run.go()
+    values = {step: v for step, _, v in run.metrics()}[4]
+    assert values["groups/dropped"] == 1
+    assert values["groups/trained"] == 2
+    assert values["reward/missing_fraction"] == 0.25
+    dropped = [r for r in read_rollouts(tmp_path, [4]) if r.dropped]
+    assert {r.dropped for r in dropped} == {"group dropped: 1 of 4 rollouts scored, 2 needed"}
+    assert len(dropped) == 4
+    trained = next(call for call in run.calls if call[0] == "forward_backward" and call[2][0].startswith("000004"))
+    assert len(trained[2]) == 8
+
+
+def test_a_step_without_any_group_updates_nothing(tmp_path: Path):
+    run = Run(tmp_path, make_config(reward_workers={"max_missing_fraction": 1.0}))
+    run.rewards.missing = lambda rollout: rollout.rollout_id.startswith("000004")
+    run.go()
+    assert run.names().count("optim_step") == 5
+    assert [step for step, _, _ in run.metrics()] == [1, 2, 3, 4, 5, 6]
+    assert any("every group was dropped" in note for note in run.view.notes)
+
+
+def test_an_evaluation_without_any_reward_is_not_an_accuracy_of_0(tmp_path: Path):
+    run = Run(tmp_path)
+    run.rewards.missing = lambda rollout: rollout.rollout_id.startswith("eval-000004")
+    summary = run.go()
+    values = {step: v for step, _, v in run.metrics()}[4]
+    assert "eval/accuracy" not in values
+    assert values["eval/missing_fraction"] == 1
+    assert set(summary.state.accuracies) == {"2", "6"}
+    assert any("accuracy was not measured" in note for note in run.view.notes)
+
+
+# -- resume ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("interrupted_at", [2, 3, 4, 5])
+@pytest.mark.parametrize("every", [1, 3])
+def test_resume_equals_the_uninterrupted_run(tmp_path: Path, whole: Run, interrupted_at: int, every: int):
+    config = make_config(checkpoint={"every": every, "keep": 20})
+    before = Run(tmp_path, config)
+    before.learner.fail_at_step = interrupted_at
+    with pytest.raises(BaseException) as stopped:  # noqa: PT011 - KeyboardInterrupt, alone or in a group
+        before.go()
+    assert isinstance(first(stopped.value), KeyboardInterrupt)
+
+    after = Run(tmp_path, config)
+    summary = after.go(resume=True)
+    assert after.metrics() == whole.metrics()
+    assert after.rollouts() == whole.rollouts()
+    assert after.learner.theta == whole.learner.theta
+    assert summary.state.accuracies == whole.summary.state.accuracies  # type: ignore[attr-defined]
+    assert after.learning() == whole.learning()[-len(after.learning()) :]
+    # A group that was sampled but not trained is sampled again, from the same prompts.
+    assert any("resumed from" in note for note in after.view.notes)
+
+
+def test_resume_of_a_finished_run_only_writes_the_policy_again(tmp_path: Path):
+    Run(tmp_path).go()
+    again = Run(tmp_path)
+    before = again.metrics()
+    again.go(resume=True)
+    assert again.names() == ["load_state", "save_hf"]
+    assert again.metrics() == before
+
+
+def test_resume_syncs_before_it_samples(tmp_path: Path):
+    before = Run(tmp_path)
+    before.learner.fail_at_step = 4
+    with pytest.raises(BaseException):  # noqa: B017, PT011
+        before.go()
+    after = Run(tmp_path)
+    after.go(resume=True)
+    assert after.names()[:6] == ["load_state", "publish_weights", "load_weights", "forward", "score", "generate"]
+
+
+def test_resume_without_a_checkpoint_says_what_to_do(tmp_path: Path):
+    before = Run(tmp_path)
+    before.learner.fail_at_step = 0
+    with pytest.raises(BaseException):  # noqa: B017, PT011
+        before.go()
+    with pytest.raises(CheckpointError, match=r"no usable checkpoint .*--overwrite"):
+        Run(tmp_path).go(resume=True)
+
+
+def test_reinforce_carries_its_baseline_over_a_resume(tmp_path: Path):
+    config = make_config(advantage={"name": "reinforce", "baseline_decay": 0.5})
+    (tmp_path / "a").mkdir()
+    whole = Run(tmp_path / "a", config)
+    expected = whole.go()
+    assert expected.state.baseline is not None
+    (tmp_path / "b").mkdir()
+    before = Run(tmp_path / "b", config)
+    before.learner.fail_at_step = 4
+    with pytest.raises(BaseException):  # noqa: B017, PT011
+        before.go()
+    after = Run(tmp_path / "b", config)
+    assert after.go(resume=True).state.baseline == expected.state.baseline
+    assert after.metrics() == whole.metrics()
+
+
+def test_the_first_baseline_is_not_subtracted_from_its_own_step(tmp_path: Path):
+    run = Run(tmp_path, make_config(advantage={"name": "reinforce", "baseline_decay": 0.5}))
+    run.go()
+    records = [r for r in read_rollouts(tmp_path) if r.phase == "train"]
+    assert all(r.advantage == r.scored.reward for r in records if r.step == 3)
+    means = {step: values["reward/mean"] for step, phase, values in run.metrics() if phase == "train"}
+    assert all(r.advantage == pytest.approx(r.scored.reward - means[3]) for r in records if r.step == 4)
+
+
+# -- weight sync -----------------------------------------------------------------------------------------------------
+
+
+def test_a_sampler_that_misses_one_load_is_resynced_noted_and_counted(tmp_path: Path, whole: Run):
+    run = Run(tmp_path, loads_ignored={("sampler-1", 4): 1})
+    run.go()
+    assert [values.get("sync/resyncs", 0) for _, _, values in run.metrics()] == [0, 0, 0, 1, 0, 0]
+    assert [note for note in run.view.notes if "sampler-1" in note and "v4" in note]
+    assert [call for call in run.calls if call[0] == "load_weights" and call[2]] == [("load_weights", 4, "sampler-1")]
+    assert run.rollouts() == whole.rollouts()
+
+
+def test_a_sampler_that_misses_two_loads_fails_the_run_by_name(tmp_path: Path):
+    run = Run(tmp_path, loads_ignored={("sampler-1", 4): 2})
+    with pytest.raises(WeightSyncError, match=r"^sampler-1 does not use weights v4: after two loads"):
+        run.go()
+    assert [call[1] for call in run.calls if call[0] == "load_weights"] == [2, 3, 4, 4]
+    assert run.tasks_left == []
+
+
+# -- ends ------------------------------------------------------------------------------------------------------------
+
+
+def test_cancellation_leaves_no_task_and_closes_the_streams(tmp_path: Path):
+    run = Run(tmp_path, block_generate_at=3)
+
+    async def cancel_in_the_middle() -> None:
+        task = asyncio.create_task(run._go(False))
+        await asyncio.wait_for(run.samplers.blocked.wait(), 20)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert asyncio.all_tasks() == {asyncio.current_task()}
+
+    run.samplers.block_generate_at = 3
+    asyncio.run(cancel_in_the_middle())
+    started = run.names().count("generate")
+    assert run.samplers.num_streams_closed == started
+    # What was finished before is on disk, whole: step 3 was being written while step 4 was being sampled.
+    assert 3 in recorded_steps(tmp_path)
+    assert len(list(read_rollouts(tmp_path, [3]))) == 12
+
+
+def test_a_failing_reward_pool_ends_the_run_and_its_siblings(tmp_path: Path):
+    run = Run(tmp_path)
+
+    async def score(rollouts: Any) -> Any:
+        raise RuntimeError("the pool is gone")
+
+    run.rewards.score = score  # type: ignore[method-assign]
+    with pytest.raises(BaseExceptionGroup) as failed:
+        run.go()
+    assert str(first(failed.value)) == "the pool is gone"
+    assert run.tasks_left == []
