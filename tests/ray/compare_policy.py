@@ -32,7 +32,7 @@ def main(directory: str) -> None:
         for position, (token, entry) in enumerate(zip(tokens, output.outputs[0].logprobs, strict=True)):
             expected = float(logprobs[len(prompt) - 1 + position, token])
             worst = max(worst, abs(entry[token].logprob - expected))
-    print(worst)
+    sys.stdout.write(f"{worst}\n")
 
 
 main(sys.argv[1])
