@@ -12,6 +12,7 @@ import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -122,9 +123,8 @@ def _train_connected(config: RunConfig, claim: RunClaim, view: LiveView, resume:
 def _prepare(config: RunConfig) -> Prepared:
     assert config.base_dir is not None
     task = load_task(config.task, config.base_dir, config.seed)
-    model_dir = resolve_model(
-        config.model, config.folder.absolute(), lambda: sample_texts(task, config.task), config.base_dir
-    )
+    texts = partial(sample_texts, task, config.task)
+    model_dir = resolve_model(config.model, config.folder.absolute(), texts, config.base_dir)
     tokenizer = load_tokenizer(model_dir)
     longest = max_model_len(model_dir)
     max_len = min(longest, int(config.sampler.engine_args.get("max_model_len", longest)))

@@ -22,7 +22,7 @@ class ClusterConfig(Section):
     address: str | None = None
     """Address of a running Ray cluster; null: `RAY_ADDRESS` if set, else a cluster of this machine for this run."""
     placement: Literal["split", "colocated"] = "split"
-    """`split`: samplers and learner ranks on GPUs of their own. `colocated`: one sampler and one learner rank share a GPU."""
+    """`split`: samplers and learner ranks on GPUs of their own. `colocated`: one of each share one GPU."""
     start_timeout_s: float = Field(default=30.0, gt=0)
     """Resources that are not granted by then are an error that prints asked and available."""
 

@@ -71,6 +71,6 @@ def _message(result: ProbeResult) -> str:
     return (
         f"{result.sampler} does not use weights v{result.version}: after two loads its log-probabilities of the probe "
         f"are up to {result.max_abs:.3g} nats from the learner's, {result.tolerance:.3g} allowed. It kept older "
-        "weights or loaded them wrongly; nothing was sampled with them. If both sides compute in different precision, raise "
-        "weights.probe_tolerance."
+        "weights or loaded them wrongly; nothing was sampled with them. If both sides compute in different precision, "
+        "raise weights.probe_tolerance."
     )
