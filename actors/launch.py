@@ -34,6 +34,7 @@ from weaver_rl.metrics import MetricsWriter
 from weaver_rl.models.resolve import load_tokenizer, max_model_len, resolve_model, stop_token_ids
 from weaver_rl.placement import plan_placement
 from weaver_rl.report import write_report
+from weaver_rl.resume import check_resumable
 from weaver_rl.run_folder import RunClaim, RunFolder, ending, write_atomically
 from weaver_rl.tasks.load import load_scorer, load_task
 from weaver_rl.tasks.prompts import PromptStream, sample_texts
@@ -78,10 +79,13 @@ def train(config: RunConfig, *, resume: bool, overwrite: bool, console: Console)
     """
     started = time.monotonic()
     folder = RunFolder(config.folder.absolute())
+    changed = check_resumable(folder.config_json, config) if resume else {}
     with _sigterm_interrupts(), folder.claim(resume=resume, overwrite=overwrite) as claim, _reported(claim):
         write_atomically(folder.config_yaml, dump_config(config))
         write_atomically(folder.config_json, config.model_dump_json(indent=2) + "\n")
         with make_view(console, title=f"weaver-rl · {config.name}") as view, connected(config.cluster, folder.logs):
+            for key, (before, now) in changed.items():
+                view.note(f"resuming with {key} = {now!r}, was {before!r}")
             summary = _train_connected(config, claim, view, resume)
     return Outcome(summary=summary, wall_seconds=time.monotonic() - started)
 

@@ -86,13 +86,6 @@ class Sampler:
         """One call of vLLM's weight-transfer API, on every worker of the engine."""
         await self._call(lambda engine: engine.call_workers(method, *args))
 
-    async def sleep(self) -> None:
-        """Frees the GPU for a colocated learner."""
-        await self._call(lambda engine: engine.sleep())
-
-    async def wake_up(self) -> None:
-        await self._call(lambda engine: engine.wake_up())
-
     async def close(self) -> None:
         """Ends the engine and its worker processes."""
         if self._loop is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import Field, Tag, ValidationError, model_validator
@@ -129,6 +129,25 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         return RunConfig.model_validate(data)
     except ValidationError as error:
         raise ConfigError(f"{path}: " + explain(error, data)) from None
+
+
+SectionType = TypeVar("SectionType", bound=Section)
+
+
+def section(kind: type[SectionType], data: dict[str, Any], where: str) -> SectionType:
+    """One section alone, its mistakes explained like those of a whole configuration."""
+    try:
+        return kind.model_validate(data)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: " + explain(error, data)) from None
+
+
+def pairs(arguments: Sequence[str]) -> dict[str, Any]:
+    """`key=value` arguments as a mapping, nested by dots, values in YAML."""
+    data: dict[str, Any] = {}
+    for argument in arguments:
+        _apply_override(data, argument)
+    return data
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def test_overrides_nest_make_sections_and_reach_into_lists(tmp_path: Path):
 
 
 def test_a_value_may_contain_an_equals_sign(tmp_path: Path):
-    config = load_config(write(tmp_path), ["task.prompt_template={question} ="])
+    config = load_config(write(tmp_path), ["task.prompt_template='{question} ='"])
     assert config.task.prompt_template == "{question} ="
 
 

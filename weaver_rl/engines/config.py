@@ -16,7 +16,6 @@ OWNED_ENGINE_ARGS = {
     "logprobs_mode": "nothing: importance weights need processed_logprobs",
     "weight_transfer_config": "weights.transport",
     "skip_tokenizer_init": "nothing: the sampler is token in, token out",
-    "enable_sleep_mode": "cluster.placement",
 }
 """vLLM arguments that weaver-rl sets itself, and the key that decides each."""
 

@@ -277,13 +277,6 @@ class VllmEngine:
         if not self._engine.reset_prefix_cache(reset_running_requests=True):
             raise EngineError(f"{self.name}: vLLM did not drop its prefix cache; stale keys and values would be used")
 
-    def sleep(self) -> None:
-        """Frees GPU memory for a colocated learner: weights to CPU memory, KV cache dropped."""
-        self._engine.sleep(level=1)
-
-    def wake_up(self) -> None:
-        self._engine.wake_up()
-
     def close(self) -> None:
         self._engine.engine_core.shutdown()
         gc.collect()
