@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any
+from collections.abc import Coroutine, Iterable
+from typing import Any, TypeVar
 
 from ray.exceptions import RayActorError, RayTaskError
 
-from weaver_rl.errors import ActorFailedError, WeaverRLError
+from weaver_rl.errors import ActorFailedError, OtherRankError, WeaverRLError
+
+T = TypeVar("T")
+
+SETTLE_S = 5.0
+"""How long the others may take to say what they know once one call has failed."""
 
 
 async def answer(reference: Any, *, actor: str, doing: str, timeout_s: float) -> Any:
@@ -25,6 +31,33 @@ async def answer(reference: Any, *, actor: str, doing: str, timeout_s: float) ->
         raise ActorFailedError(f"{actor} did not answer within {timeout_s:g} s while it was {doing}") from None
     except (RayActorError, RayTaskError) as error:
         raise explained(error, actor, doing, time.monotonic() - started) from error
+
+
+async def together(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results, in order; or one plain error, that of the call that knows the cause.
+
+    Who waits for a rank that died or refused fails with it, and often answers first: so the others are heard too.
+    """
+    tasks = [asyncio.create_task(call) for call in calls]
+    try:
+        _, running = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+        if running:
+            await asyncio.wait(running, timeout=SETTLE_S)
+        failed = [error for task in tasks if task.done() and (error := task.exception()) is not None]
+        if failed:
+            raise min(failed, key=_distance_from_cause)
+        return [task.result() for task in tasks]
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _distance_from_cause(error: BaseException) -> int:
+    if isinstance(error, OtherRankError):
+        return 2
+    died_itself = isinstance(error.__cause__, RayActorError)
+    return 1 if isinstance(error, ActorFailedError) and not died_itself else 0
 
 
 def explained(error: Exception, actor: str, doing: str, seconds: float) -> Exception:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import secrets
 import shutil
 import signal
 import tempfile
@@ -40,7 +41,8 @@ def connected(cluster: ClusterConfig, logs: Path) -> Iterator[None]:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise ResourcesError(
             f"no Ray cluster answers at {address} ({_first_line(error)}). Start one with `ray start --head`, give "
-            "another address, or leave it out to use this machine alone."
+            "another address, or leave it out to use this machine alone. If that cluster asks for a token, set "
+            "RAY_AUTH_MODE=token."
         ) from None
     try:
         yield
@@ -54,6 +56,9 @@ def _local_cluster(logs: Path) -> Iterator[None]:
     session = Path(tempfile.mkdtemp(prefix="weaver-rl-"))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray guards a cluster with a token; one of our own keeps it out of the home directory, where Ray would write it.
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         ray.init(

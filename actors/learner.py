@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import socket
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import ray
 
-from actors.calls import answer
+from actors.calls import answer, together
 from actors.object_store import Chunk, publish
 from actors.transfer_client import SamplerClient
 from weaver_rl.errors import BatchError
@@ -221,15 +220,11 @@ class RayLearnerGroup:
         return zip(self._ranks, shards, strict=True)
 
     async def _all(self, doing: str, references: Sequence[Any]) -> list[Any]:
-        """Every rank's answer. Ranks wait for each other: the first failure is the cause, the rest only hang on it."""
-        async with asyncio.TaskGroup() as tasks:
-            waiting = [
-                tasks.create_task(
-                    answer(reference, actor=f"learner rank {rank}", doing=doing, timeout_s=self._timeout_s)
-                )
-                for rank, reference in enumerate(references)
-            ]
-        return [task.result() for task in waiting]
+        """Every rank's answer."""
+        return await together(
+            answer(reference, actor=f"learner rank {rank}", doing=doing, timeout_s=self._timeout_s)
+            for rank, reference in enumerate(references)
+        )
 
 
 def _sum_weights(data: Sequence[Datum]) -> float:

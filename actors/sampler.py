@@ -7,6 +7,7 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,15 @@ class Sampler:
 
     async def load_weights(self, weights: PublishedWeights) -> None:
         """Loads a version and drops what was cached under older ones."""
-        for reference in weights.handle or ():
-            chunk = await reference
-            await self._call(lambda engine, chunk=chunk: engine.load_weights(tensors(chunk)))
-        await self._call(lambda engine: engine.finish_load(weights.version))
+        chunks = [await reference for reference in weights.handle or ()]
+
+        # In one command: an engine step between two chunks would sample from a policy that never existed.
+        def load(engine: VllmEngine) -> None:
+            if chunks:
+                engine.load_weights(chain.from_iterable(tensors(chunk) for chunk in chunks))
+            engine.finish_load(weights.version)
+
+        await self._call(load)
 
     async def call_workers(self, method: str, *args: Any) -> None:
         """One call of vLLM's weight-transfer API, on every worker of the engine."""

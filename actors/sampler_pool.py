@@ -9,7 +9,7 @@ from typing import Any
 
 from ray.exceptions import RayActorError, RayTaskError
 
-from actors.calls import answer, explained
+from actors.calls import answer, explained, together
 from weaver_rl.errors import ActorFailedError
 from weaver_rl.rollout import SamplingConfig
 from weaver_rl.types import Float32Array, GroupSample, PublishedWeights, SampleRequest
@@ -87,29 +87,25 @@ class RaySamplerPool:
     async def load_weights(self, weights: PublishedWeights, only: str | None = None) -> None:
         await self._started
         names = self.names if only is None else (only,)
-        async with asyncio.TaskGroup() as tasks:
-            for name in names:
-                tasks.create_task(
-                    answer(
-                        self._samplers[name].load_weights.remote(weights),
-                        actor=name,
-                        doing=f"loading weights v{weights.version}",
-                        timeout_s=self._load_timeout_s,
-                    )
-                )
+        await together(
+            answer(
+                self._samplers[name].load_weights.remote(weights),
+                actor=name,
+                doing=f"loading weights v{weights.version}",
+                timeout_s=self._load_timeout_s,
+            )
+            for name in names
+        )
 
     async def score(self, token_ids: Sequence[int]) -> Mapping[str, Float32Array]:
         await self._started
-        async with asyncio.TaskGroup() as tasks:
-            waiting = {
-                name: tasks.create_task(
-                    answer(
-                        sampler.score.remote(tuple(token_ids)),
-                        actor=name,
-                        doing="answering the probe",
-                        timeout_s=self._load_timeout_s,
-                    )
-                )
-                for name, sampler in self._samplers.items()
-            }
-        return {name: task.result() for name, task in waiting.items()}
+        answers: list[Float32Array] = await together(
+            answer(
+                sampler.score.remote(tuple(token_ids)),
+                actor=name,
+                doing="answering the probe",
+                timeout_s=self._load_timeout_s,
+            )
+            for name, sampler in self._samplers.items()
+        )
+        return dict(zip(self.names, answers, strict=True))

@@ -17,6 +17,8 @@ from weaver_rl import __version__
 from weaver_rl.errors import UserError, WeaverRLError
 from weaver_rl.types import Rollout
 
+INTERRUPTED = "interrupted; nothing was left running"
+
 app = typer.Typer(
     name="weaver-rl",
     help="Reinforcement learning for language models on Ray, vLLM and PyTorch.",
@@ -125,8 +127,13 @@ def guarded(run: Callable[[], None]) -> int:
     try:
         run()
     except KeyboardInterrupt:
-        errors.print("interrupted; nothing was left running")
+        errors.print(INTERRUPTED)
         return 130
+    except SystemExit as ended:
+        # How typer ends every command; an interrupt has become its status by then.
+        if ended.code == 130:
+            errors.print(INTERRUPTED)
+        raise
     except UserError as error:
         errors.print(f"error: {error}", markup=False)
         return 2

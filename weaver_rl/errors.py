@@ -39,6 +39,10 @@ class BatchError(UserError, ValueError):
     """Data that a learner operation refuses: names the datum and the field. Nothing was accumulated."""
 
 
+class OtherRankError(BatchError):
+    """This rank's data were good, another's were not: the error of that one names the datum."""
+
+
 class ResourcesError(UserError, RuntimeError):
     """The cluster cannot give what the configuration asks for; prints asked and available."""
 

@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def nothing_left_behind() -> Iterator[None]:
     assert shared_memory() <= before[2]
 
 
-def run(*arguments: str, timeout_s: float = 240) -> Ended:
+def run(*arguments: str, timeout_s: float = 240, env: Mapping[str, str] | None = None) -> Ended:
     """Runs `weaver-rl` to its end."""
     done = subprocess.run(
         [*COMMAND, *arguments],
@@ -66,7 +66,7 @@ def run(*arguments: str, timeout_s: float = 240) -> Ended:
         text=True,
         timeout=timeout_s,
         cwd=REPOSITORY,
-        env=_environment(),
+        env=_environment() | dict(env or {}),
         check=False,
     )
     return Ended(done.returncode, done.stdout)

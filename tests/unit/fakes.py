@@ -1,13 +1,14 @@
 """Named fakes of the roles of a run: deterministic, and each writes what it was asked into one shared list.
 
-The fake policy is one number, theta. Sampler and learner compute log-probabilities with the same function of it, so they
-agree exactly when the sampler has the learner's theta, and every update depends on everything that was sampled.
+The fake policy is one number, theta. Sampler and learner compute log-probabilities with the same function of it, so
+they agree exactly when the sampler has the learner's theta, and every update depends on everything that was sampled.
 """
 
 from __future__ import annotations
 
 import asyncio
 import hashlib
+import itertools
 import json
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -139,7 +140,7 @@ class FakeLearner:
         )
 
     async def forward(self, data: Sequence[Datum], temperature: float = 1.0) -> ForwardOutput:
-        self.calls.append(("forward", tuple(d.datum_id for d in data)))
+        self.calls.append(("forward", tuple(d.datum_id for d in data), temperature))
         await asyncio.sleep(0)
         return ForwardOutput(logprobs_per_datum=self._logprobs(data))
 
@@ -152,7 +153,7 @@ class FakeLearner:
             for d in data
         ]
         self.gradient += float(sum((w * p).sum() for w, p in zip(weighted, logprobs, strict=True)))
-        self.calls.append(("forward_backward", loss.name, tuple(d.datum_id for d in data), self.gradient))
+        self.calls.append(("forward_backward", loss.name, tuple(d.datum_id for d in data), self.gradient, temperature))
         await asyncio.sleep(0)
         sum_weights = float(sum(d.loss_fn_inputs["weights"].sum() for d in data))
         return ForwardBackwardOutput(
@@ -255,7 +256,7 @@ class FakeSamplers:
 
     async def score(self, token_ids: Sequence[int]) -> Mapping[str, np.ndarray[Any, Any]]:
         self.calls.append(("score",))
-        pairs = list(zip(token_ids[:-1], token_ids[1:], strict=True))
+        pairs = list(itertools.pairwise(token_ids))
         return {
             name: np.array([fake_logprob(theta, p, t) for p, t in pairs], np.float32)
             for name, theta in self._theta.items()

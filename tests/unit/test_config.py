@@ -84,7 +84,7 @@ def test_run_dir_and_deciding_reward_can_be_given(tmp_path: Path):
 def test_sections_are_frozen(tmp_path: Path):
     config = load_config(write(tmp_path))
     with pytest.raises(ValueError, match="frozen"):
-        config.num_steps = 4  # type: ignore[misc]
+        config.num_steps = 4
 
 
 # -- overrides -------------------------------------------------------------------------------------------------------
@@ -159,9 +159,15 @@ def test_bad_overrides_say_what_is_wrong(tmp_path: Path, override: str, words: s
             {"loss": {"name": "importance_sampling", "clip_ration": 1}},
             "loss.clip_ration: unknown key; did you mean 'clip_ratio'?",
         ),
-        ({"model": {"name": "scratch", "hiden_size": 64}}, "model.hiden_size: unknown key; did you mean 'hidden_size'?"),
+        (
+            {"model": {"name": "scratch", "hiden_size": 64}},
+            "model.hiden_size: unknown key; did you mean 'hidden_size'?",
+        ),
         ({"rewards": [{"name": "task", "wieght": 1}]}, "rewards.0.wieght: unknown key; did you mean 'weight'?"),
-        ({"learner": {"schedule": {"warmup": 1}}}, "learner.schedule.warmup: unknown key; did you mean 'warmup_steps'?"),
+        (
+            {"learner": {"schedule": {"warmup": 1}}},
+            "learner.schedule.warmup: unknown key; did you mean 'warmup_steps'?",
+        ),
         ({"warm_start": {"num_steps": 1, "lr": 1}}, "warm_start.lr: unknown key; allowed: learning_rate, loss, "),
     ],
 )
@@ -182,7 +188,10 @@ def test_a_key_of_another_alternative_is_not_offered(tmp_path: Path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"advantage": {"name": "gpro"}}, "advantage.name: seen 'gpro'; allowed: grpo, mean_centered, reinforce, rloo; did"),
+        (
+            {"advantage": {"name": "gpro"}},
+            "advantage.name: seen 'gpro'; allowed: grpo, mean_centered, reinforce, rloo; did",
+        ),
         ({"advantage": {"eps": 1}}, "advantage.name: missing; allowed: grpo, mean_centered, reinforce, rloo"),
         ({"loss": {"name": "ppo"}}, "loss.name: seen 'ppo'; allowed: cross_entropy, importance_sampling"),
         ({"rewards": [{"name": "tsk"}]}, "did you mean 'task'?"),
@@ -302,7 +311,8 @@ def test_files_that_cannot_be_read(tmp_path: Path):
 
 def test_importing_the_configuration_is_light():
     code = (
-        "import sys, weaver_rl.config, weaver_rl.cli; heavy = {'ray', 'vllm', 'torch', 'transformers', 'reasoning_gym'};"
+        "import sys, weaver_rl.config, weaver_rl.cli\n"
+        "heavy = {'ray', 'vllm', 'torch', 'transformers', 'reasoning_gym'}\n"
         "print(sorted(heavy & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from weaver_rl.config import RunConfig
 from weaver_rl.controller import Controller, Crew, RunSummary
 from weaver_rl.errors import CheckpointError, LogprobGapError, MissingRewardsError, WeightSyncError
 from weaver_rl.metrics import MetricsWriter, deterministic_part, read_metrics
-from weaver_rl.rollout_files import read_rollouts, recorded_steps
+from weaver_rl.rollout_files import read_rollouts, recorded_steps, write_rollouts
 from weaver_rl.run_folder import RunFolder
 from weaver_rl.weights.probe import probe_token_ids
 from weaver_rl.weights.sync import WeightSync
@@ -57,7 +58,8 @@ class Run:
                 self.tasks_left = [task for task in asyncio.all_tasks() if task is not me]
 
     def go(self, *, resume: bool = False) -> RunSummary:
-        return asyncio.run(self._go(resume))
+        self.summary = asyncio.run(self._go(resume))
+        return self.summary
 
     def metrics(self) -> list[tuple[int, str, dict[str, float]]]:
         lines = read_metrics(self.folder.metrics_file)
@@ -81,7 +83,7 @@ def first(error: BaseException) -> BaseException:
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Run:
     run = Run(tmp_path_factory.mktemp("whole"))
-    run.summary = run.go()  # type: ignore[attr-defined]
+    run.go()
     return run
 
 
@@ -104,7 +106,7 @@ def test_a_whole_run_leaves_everything(whole: Run):
 
 
 def test_summary_has_both_accuracies_and_the_position(whole: Run):
-    summary = whole.summary  # type: ignore[attr-defined]
+    summary = whole.summary
     by_step = {step: accuracy for accuracy, step in whole.view.evaluations}
     assert (summary.accuracy_before, summary.accuracy_after) == (by_step[2], by_step[6])
     assert summary.state.step == 6
@@ -297,7 +299,7 @@ def test_resume_equals_the_uninterrupted_run(tmp_path: Path, whole: Run, interru
     assert after.metrics() == whole.metrics()
     assert after.rollouts() == whole.rollouts()
     assert after.learner.theta == whole.learner.theta
-    assert summary.state.accuracies == whole.summary.state.accuracies  # type: ignore[attr-defined]
+    assert summary.state.accuracies == whole.summary.state.accuracies
     assert after.learning() == whole.learning()[-len(after.learning()) :]
     # A group that was sampled but not trained is sampled again, from the same prompts.
     assert any("resumed from" in note for note in after.view.notes)
@@ -310,6 +312,49 @@ def test_resume_of_a_finished_run_only_writes_the_policy_again(tmp_path: Path):
     again.go(resume=True)
     assert again.names() == ["load_state", "save_hf"]
     assert again.metrics() == before
+
+
+def test_a_resume_forgets_everything_after_its_checkpoint(tmp_path: Path):
+    Run(tmp_path).go()
+    checkpoints = Checkpoints(RunFolder(tmp_path).checkpoints, 20)
+    for step in (5, 6):
+        (tmp_path / "checkpoints" / f"step_{step:06d}" / "learner.json").write_text("damaged")
+    again = Run(tmp_path)
+    again.learner.fail_at_step = 4
+    with pytest.raises(BaseException):  # noqa: B017, PT011
+        again.go(resume=True)
+    assert checkpoints.steps() == [2, 3, 4]
+    assert recorded_steps(tmp_path) == [2, 3, 4]
+    assert [step for step, _, _ in again.metrics()] == [1, 2, 3, 4]
+
+
+def test_a_checkpoint_comes_after_the_rollouts_of_its_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = Run(tmp_path)
+    save_state, on_disk = run.learner.save_state, []
+
+    def slow_write(path: Path, step: int, records: Any) -> Path:
+        threading.Event().wait(0.05)
+        return write_rollouts(path, step, records)
+
+    async def look(directory: Path) -> None:
+        on_disk.append(recorded_steps(tmp_path)[-1:])
+        await save_state(directory)
+
+    monkeypatch.setattr("weaver_rl.controller.write_rollouts", slow_write)
+    run.learner.save_state = look
+    run.go()
+    assert on_disk == [[2], [3], [4], [5], [6]]
+
+
+def test_the_learner_computes_at_the_sampling_temperature_and_the_probe_at_1(tmp_path: Path):
+    rollout = {"prompts_per_step": 3, "samples_per_prompt": 4, "sampling": {"max_tokens": 5, "temperature": 0.5}}
+    run = Run(tmp_path, make_config(rollout=rollout, correction={"name": "tis"}))
+    run.go()
+    forwards = {(call[1] == ("probe",), call[-1]) for call in run.calls if call[0] == "forward"}
+    assert forwards == {(True, 1.0), (False, 0.5)}
+    learned = {(call[1], call[-1]) for call in run.calls if call[0] == "forward_backward"}
+    assert learned == {("cross_entropy", 1.0), ("importance_sampling", 0.5)}
+    assert {call[-1] for call in run.calls if call[0] == "generate"} == {0.5, 0.0}
 
 
 def test_resume_syncs_before_it_samples(tmp_path: Path):
@@ -379,23 +424,31 @@ def test_a_sampler_that_misses_two_loads_fails_the_run_by_name(tmp_path: Path):
 # -- ends ------------------------------------------------------------------------------------------------------------
 
 
-def test_cancellation_leaves_no_task_and_closes_the_streams(tmp_path: Path):
-    run = Run(tmp_path, block_generate_at=3)
+def test_cancellation_leaves_no_task_and_closes_the_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = Run(tmp_path, make_config(checkpoint={"every": 3}), block_generate_at=3)
+    may_write = threading.Event()
+
+    def slow_write(path: Path, step: int, records: Any) -> Path:
+        assert step < 3 or may_write.wait(20)
+        return write_rollouts(path, step, records)
+
+    monkeypatch.setattr("weaver_rl.controller.write_rollouts", slow_write)
 
     async def cancel_in_the_middle() -> None:
         task = asyncio.create_task(run._go(False))
         await asyncio.wait_for(run.samplers.blocked.wait(), 20)
         task.cancel()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        assert not task.done()  # it waits for the rollouts of step 3, which are being written
+        may_write.set()
         with pytest.raises(asyncio.CancelledError):
             await task
         assert asyncio.all_tasks() == {asyncio.current_task()}
 
-    run.samplers.block_generate_at = 3
     asyncio.run(cancel_in_the_middle())
     started = run.names().count("generate")
     assert run.samplers.num_streams_closed == started
-    # What was finished before is on disk, whole: step 3 was being written while step 4 was being sampled.
-    assert 3 in recorded_steps(tmp_path)
     assert len(list(read_rollouts(tmp_path, [3]))) == 12
 
 
@@ -405,7 +458,7 @@ def test_a_failing_reward_pool_ends_the_run_and_its_siblings(tmp_path: Path):
     async def score(rollouts: Any) -> Any:
         raise RuntimeError("the pool is gone")
 
-    run.rewards.score = score  # type: ignore[method-assign]
+    run.rewards.score = score
     with pytest.raises(BaseExceptionGroup) as failed:
         run.go()
     assert str(first(failed.value)) == "the pool is gone"

@@ -93,7 +93,9 @@ def test_only_the_sampler_that_disagrees_is_sent_them_again():
 
 
 def test_a_sampler_that_disagrees_twice_is_named_with_both_figures():
-    with pytest.raises(WeightSyncError, match=r"sampler-1 does not use weights v3.* nats from the learner's, 0\.001 all"):
+    with pytest.raises(
+        WeightSyncError, match=r"sampler-1 does not use weights v3.* nats from the learner's, 0\.001 all"
+    ):
         synced(3, loads_ignored={("sampler-1", 3): 2})
 
 

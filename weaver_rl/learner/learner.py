@@ -15,7 +15,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from weaver_rl.errors import BatchError, CheckpointError
+from weaver_rl.errors import BatchError, CheckpointError, OtherRankError
 from weaver_rl.learner import state, validation
 from weaver_rl.learner.config import LearnerConfig
 from weaver_rl.learner.export import iterate_chunks, save_hf_directory
@@ -252,7 +252,9 @@ class Learner:
         if refusal is not None:
             raise refusal
         if refused:
-            raise BatchError("another rank refused its shard of the data; its own error names the datum and the field")
+            raise OtherRankError(
+                "another rank refused its shard of the data; its own error names the datum and the field"
+            )
         dtypes = {name: validation.input_dtype(name) for name in input_names}
         return microbatches + [dummy_microbatch(dtypes)] * (int(count) - len(microbatches))
 

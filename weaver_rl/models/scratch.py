@@ -67,7 +67,9 @@ def save_scratch_model(config: ScratchModel, texts: Iterable[str], directory: Pa
     """Writes tokenizer, configuration and weights as a Hugging Face directory, the same bytes for the same input."""
     import torch
     from transformers import GenerationConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     tokenizer = build_tokenizer(texts, config.vocab_size)
     # The initialisation must neither depend on what was drawn before nor change what is drawn after.
     with torch.random.fork_rng(devices=[]):

@@ -64,7 +64,9 @@ def convert(gguf: Path, directory: Path) -> None:
     import torch
     from tokenizers import pre_tokenizers
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     # The file says `pre: smollm`, which the conversion does not read: first of all, digits are split one by one.
     tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

@@ -50,6 +50,7 @@ def compare(
     """Compares the two answers to one probe, arrays (N-1,) each."""
     if sampler_logprobs.shape != learner_logprobs.shape:
         raise ValueError(f"{sampler}: probe shapes {sampler_logprobs.shape} and {learner_logprobs.shape} differ")
-    worst = float(np.abs(sampler_logprobs.astype(np.float64) - learner_logprobs).max())
+    with np.errstate(invalid="ignore"):
+        worst = float(np.abs(sampler_logprobs.astype(np.float64) - learner_logprobs).max())
     max_abs = worst if np.isfinite(worst) else float("inf")
     return ProbeResult(sampler=sampler, version=version, max_abs=max_abs, tolerance=tolerance)

@@ -1,0 +1,1 @@
+"""What weaver-rl costs, measured: `python -m benchmarks`. The product does not import it."""

@@ -1,0 +1,72 @@
+"""Real parts that several test modules share: one cluster, two engines, three learner ranks.
+
+A pytest plugin, so that an engine starts once however many modules use it. Tests import nothing from here.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+from sampler_parts import KINDS, ReplicaPool, make_model, pool_of, sampler_spec
+
+from actors.learner import LearnerRank
+from actors.sampler import Sampler
+from actors.sampler_pool import RaySamplerPool
+
+
+@pytest.hookimpl
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that kill a shared actor come last."""
+    items.sort(key=lambda item: any(name.startswith("doomed") for name in getattr(item, "fixturenames", ())))
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    # Paths of sockets below it may have 107 characters at most, so it cannot be pytest's.
+    with tempfile.TemporaryDirectory(prefix="weaver-rl-", ignore_cleanup_errors=True) as session:
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, _temp_dir=session)
+        yield
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return {kind: make_model(tmp_path_factory.mktemp(kind), tied=kind == "tied") for kind in KINDS}
+
+
+@pytest.fixture(scope="session")
+def rank_actors(cluster: None) -> dict[str, list[Any]]:
+    remote = ray.remote(LearnerRank).options(num_cpus=0)
+    return {"tied": [remote.remote()], "untied": [remote.remote(), remote.remote()]}
+
+
+@pytest.fixture(scope="session")
+def samplers(cluster: None, models: dict[str, Path]) -> Iterator[dict[str, Any]]:
+    """Both engines, started; the seeds of the engines differ as a run's do."""
+    remote = ray.remote(Sampler).options(num_cpus=0, max_concurrency=100)
+    actors = {kind: remote.remote(1) for kind in KINDS}
+    ray.get([actors[kind].start.remote(sampler_spec(kind, models[kind], seed)) for seed, kind in enumerate(KINDS)])
+    yield actors
+    ray.wait([actor.close.remote() for actor in actors.values()], num_returns=2, timeout=30)
+
+
+@pytest.fixture
+def replicas(samplers: dict[str, Any]) -> RaySamplerPool:
+    return pool_of(samplers, ReplicaPool)
+
+
+@pytest.fixture(scope="session")
+def doomed_samplers(samplers: dict[str, Any]) -> dict[str, Any]:
+    """The samplers, for a test that kills one."""
+    return samplers
+
+
+@pytest.fixture(scope="session")
+def doomed_ranks(rank_actors: dict[str, list[Any]]) -> list[Any]:
+    """The two ranks of a learner, for a test that kills one."""
+    return rank_actors["untied"]

@@ -1,0 +1,270 @@
+"""The engine's thread with a fake engine: what is batched, what fails alone, and that nobody waits for ever."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+
+import numpy as np
+import pytest
+from fakes import make_completion
+
+from weaver_rl.engines.loop import EngineLoop
+from weaver_rl.errors import EngineError
+from weaver_rl.rollout import SamplingConfig
+from weaver_rl.types import Float32Array, GroupSample, SampleRequest
+
+pytestmark = pytest.mark.unit
+
+SAMPLING = SamplingConfig(max_tokens=4)
+WAIT_S = 10.0
+
+
+class FakeEngine:
+    """Finishes every group after `steps_per_group` steps; stops before a step while `gate` is closed."""
+
+    name = "sampler-0"
+
+    def __init__(self, steps_per_group: int = 1) -> None:
+        self.gate = threading.Event()
+        self.gate.set()
+        self.at_gate = threading.Event()
+        self.steps: list[tuple[str, ...]] = []
+        """The groups that were in flight at each step."""
+        self.resets = 0
+        self.fail_next_step: BaseException | None = None
+        self.fail_reset: Exception | None = None
+        self.closed = threading.Event()
+        self._left: dict[str, int] = {}
+        self._scores: dict[str, Float32Array | None] = {}
+        self._steps_per_group = steps_per_group
+
+    def add(self, request: SampleRequest, sampling: SamplingConfig) -> None:
+        if len(request.token_ids_P) > 8:
+            raise EngineError(f"group {request.group_id}: the prompt is too long")
+        self._left[request.group_id] = self._steps_per_group
+
+    def add_score(self, token_ids: Sequence[int]) -> str:
+        if len(token_ids) < 2:
+            raise EngineError("two tokens are needed")
+        self._scores[f"score-{len(self._scores)}"] = None
+        return list(self._scores)[-1]
+
+    def take_score(self, score_id: str) -> Float32Array | None:
+        return self._scores.pop(score_id) if self._scores[score_id] is not None else None
+
+    def has_work(self) -> bool:
+        return bool(self._left or self._scores)
+
+    def step(self) -> list[GroupSample]:
+        self.at_gate.set()
+        assert self.gate.wait(WAIT_S)
+        self.steps.append(tuple(self._left))
+        if self.fail_next_step is not None:
+            error, self.fail_next_step = self.fail_next_step, None
+            raise error
+        self._scores = {score_id: np.zeros(3, np.float32) for score_id in self._scores}
+        self._left = {group: left - 1 for group, left in self._left.items()}
+        done = [group for group, left in self._left.items() if left == 0]
+        self._left = {group: left for group, left in self._left.items() if left}
+        return [GroupSample(group_id=g, completions_G=(make_completion(),), sampler=self.name) for g in done]
+
+    def abort_all(self) -> list[str]:
+        lost = list(self._left)
+        self._left, self._scores = {}, {}
+        return lost
+
+    def reset_cache(self) -> None:
+        if self.fail_reset is not None:
+            raise self.fail_reset
+        self.resets += 1
+
+    def close(self) -> None:
+        self.closed.set()
+
+
+class Rig:
+    def __init__(self) -> None:
+        self.engine = FakeEngine(steps_per_group=2)
+        self.loop = EngineLoop(lambda: self.engine)
+        self.loop.wait_started(WAIT_S)
+
+    def submit(self, *group_ids: str, cold: bool = False) -> list[Future[GroupSample]]:
+        return self.loop.submit([request(group_id) for group_id in group_ids], SAMPLING, cold=cold)
+
+    def hold(self, *group_ids: str) -> list[Future[GroupSample]]:
+        """Submits groups and returns once the thread stands before their first step."""
+        self.engine.gate.clear()
+        self.engine.at_gate.clear()
+        futures = self.submit(*group_ids)
+        assert self.engine.at_gate.wait(WAIT_S)
+        return futures
+
+
+def request(group_id: str, num_tokens: int = 2) -> SampleRequest:
+    return SampleRequest(group_id=group_id, token_ids_P=(1,) * num_tokens, seeds_G=(0,))
+
+
+@pytest.fixture
+def rig() -> Iterator[Rig]:
+    rig = Rig()
+    yield rig
+    rig.engine.gate.set()
+    rig.loop.close(WAIT_S)
+    assert not rig.loop._thread.is_alive()
+
+
+def ids(futures: list[Future[GroupSample]]) -> list[str]:
+    return [future.result(WAIT_S).group_id for future in futures]
+
+
+def test_what_is_submitted_together_is_in_before_the_next_step(rig: Rig):
+    assert ids(rig.submit("a", "b", "c")) == ["a", "b", "c"]
+    assert rig.engine.steps == [("a", "b", "c")] * 2
+
+
+def test_what_comes_during_a_step_joins_the_next(rig: Rig):
+    first = rig.hold("a")
+    second = rig.submit("b")
+    rig.engine.gate.set()
+    assert ids(first + second) == ["a", "b"]
+    assert rig.engine.steps == [("a",), ("a", "b"), ("b",)]
+
+
+def test_a_group_that_is_in_flight_is_refused_and_the_first_goes_on(rig: Rig):
+    first = rig.hold("a")
+    again = rig.submit("a")
+    rig.engine.gate.set()
+    with pytest.raises(EngineError, match="group a is already being sampled"):
+        again[0].result(WAIT_S)
+    assert ids(first) == ["a"]
+    assert ids(rig.submit("a")) == ["a"]
+
+
+def test_a_bad_request_fails_alone(rig: Rig):
+    good, bad, other = rig.loop.submit([request("a"), request("b", 9), request("c")], SAMPLING)
+    with pytest.raises(EngineError, match="group b: the prompt is too long"):
+        bad.result(WAIT_S)
+    assert ids([good, other]) == ["a", "c"]
+
+
+def test_a_failed_step_fails_what_was_in_flight_and_the_loop_survives(rig: Rig):
+    rig.engine.fail_next_step = RuntimeError("out of memory")
+    futures = rig.hold("a", "b")
+    score = rig.loop.score((1, 2))
+    rig.engine.gate.set()
+    for future in futures:
+        with pytest.raises(EngineError, match="sampler-0: the engine step failed: RuntimeError: out of memory"):
+            future.result(WAIT_S)
+    assert score.result(WAIT_S).shape == (3,)
+    assert ids(rig.submit("a")) == ["a"]
+
+
+def test_scores_are_answered_and_bad_ones_refused(rig: Rig):
+    assert rig.loop.score((1, 2, 3)).result(WAIT_S).tolist() == [0, 0, 0]
+    with pytest.raises(EngineError, match="two tokens"):
+        rig.loop.score((1,)).result(WAIT_S)
+
+
+def test_a_call_runs_between_two_steps(rig: Rig):
+    futures = rig.hold("a")
+    seen = rig.loop.call(lambda engine: len(engine.steps))
+    assert not seen.done()
+    rig.engine.gate.set()
+    assert seen.result(WAIT_S) == 1
+    assert ids(futures) == ["a"]
+
+
+def test_a_failing_call_is_the_callers(rig: Rig):
+    with pytest.raises(ZeroDivisionError):
+        rig.loop.call(lambda engine: 1 / 0).result(WAIT_S)
+    assert ids(rig.submit("a")) == ["a"]
+
+
+def test_cold_forgets_the_cache_of_an_idle_engine_only(rig: Rig):
+    ids(rig.submit("a"))
+    assert rig.engine.resets == 0
+    ids(rig.submit("b", cold=True))
+    assert rig.engine.resets == 1
+    first = rig.hold("c")
+    second = rig.submit("d", cold=True)
+    rig.engine.gate.set()
+    ids(first + second)
+    assert rig.engine.resets == 1
+
+
+def test_a_cache_that_cannot_be_dropped_fails_the_groups_instead_of_leaving_them(rig: Rig):
+    rig.engine.fail_reset = EngineError("the cache stayed")
+    for future in rig.submit("a", "b", cold=True):
+        with pytest.raises(EngineError, match="the cache stayed"):
+            future.result(WAIT_S)
+    assert rig.engine.steps == []
+
+
+def test_a_caller_that_gave_up_does_not_end_the_loop(rig: Rig):
+    futures = rig.hold("a", "b")
+    call = rig.loop.call(lambda engine: None)
+    for future in (*futures, call):
+        future.cancel()
+    rig.engine.gate.set()
+    assert ids(rig.submit("c")) == ["c"]
+    assert rig.loop._thread.is_alive()
+
+
+def test_close_fails_what_is_in_flight_and_ends_the_thread(rig: Rig):
+    futures = rig.hold("a")
+    score = rig.loop.score((1, 2))
+    closer = threading.Thread(target=rig.loop.close, args=(WAIT_S,))
+    closer.start()
+    rig.engine.gate.set()
+    closer.join(WAIT_S)
+    assert not rig.loop._thread.is_alive()
+    assert rig.engine.closed.is_set()
+    for future in (*futures, score):
+        # The step that was running may still have finished it.
+        assert future.done()
+    with pytest.raises(EngineError, match="sampler-0 was closed"):
+        futures[0].result(0)
+
+
+def test_a_closed_engine_takes_nothing(rig: Rig):
+    rig.loop.close(WAIT_S)
+    rig.loop.close(WAIT_S)
+    with pytest.raises(EngineError, match="closed"):
+        rig.submit("a")
+    with pytest.raises(EngineError, match="closed"):
+        rig.loop.call(lambda engine: None)
+
+
+def test_an_engine_that_cannot_be_built_fails_the_starter_and_whoever_came_early():
+    may_build = threading.Event()
+
+    def build() -> FakeEngine:
+        may_build.wait(WAIT_S)
+        raise ValueError("no such model")
+
+    loop = EngineLoop(build)
+    early = loop.submit([request("a")], SAMPLING)
+    call = loop.call(lambda engine: None)
+    may_build.set()
+    with pytest.raises(ValueError, match="no such model"):
+        loop.wait_started(WAIT_S)
+    for future in (*early, call):
+        with pytest.raises(EngineError, match="did not start: no such model"):
+            future.result(WAIT_S)
+    loop._thread.join(WAIT_S)
+    with pytest.raises(EngineError, match="closed"):
+        loop.submit([request("b")], SAMPLING)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_dies_tells_everybody(rig: Rig):
+    futures = rig.hold("a")
+    rig.engine.fail_next_step = SystemExit(3)
+    late = rig.submit("b")
+    rig.engine.gate.set()
+    for future in (*futures, *late):
+        with pytest.raises(EngineError):
+            future.result(WAIT_S)
+    assert rig.engine.closed.wait(WAIT_S)
