@@ -8,6 +8,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from weaver_rl.errors import ResourcesError
 from weaver_rl.placement import ClusterConfig, Placement, check_fits, shortage
 
 LOCAL = "local"
+CONNECT_TIMEOUT_S = 10.0
 
 
 @contextlib.contextmanager
@@ -36,18 +38,33 @@ def connected(cluster: ClusterConfig, logs: Path) -> Iterator[None]:
         with _local_cluster(logs):
             yield
         return
+    _require_listener(address)
     try:
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ResourcesError(
-            f"no Ray cluster answers at {address} ({_first_line(error)}). Start one with `ray start --head`, give "
-            "another address, or leave it out to use this machine alone. If that cluster asks for a token, set "
-            "RAY_AUTH_MODE=token."
-        ) from None
+        raise ResourcesError(_no_answer(address, _first_line(error))) from None
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _require_listener(address: str) -> None:
+    """Ray itself tries for minutes before it says that nobody listens."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=CONNECT_TIMEOUT_S).close()
+    except OSError as error:
+        raise ResourcesError(_no_answer(address, str(error))) from None
+
+
+def _no_answer(address: str, reason: str) -> str:
+    return (
+        f"no Ray cluster answers at {address} ({reason}). Start one with `ray start --head`, give another address, or "
+        "leave it out to use this machine alone. If that cluster asks for a token, set RAY_AUTH_MODE=token."
+    )
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def cluster() -> Iterator[None]:
     # Paths of sockets below it may have 107 characters at most, so it cannot be pytest's.
     with tempfile.TemporaryDirectory(prefix="weaver-rl-", ignore_cleanup_errors=True) as session:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, _temp_dir=session)
+        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error", _temp_dir=session)
         yield
         ray.shutdown()
 
