@@ -54,10 +54,11 @@ async def together(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 def _distance_from_cause(error: BaseException) -> int:
+    if isinstance(error.__cause__, RayActorError):
+        return 0
     if isinstance(error, OtherRankError):
-        return 2
-    died_itself = isinstance(error.__cause__, RayActorError)
-    return 1 if isinstance(error, ActorFailedError) and not died_itself else 0
+        return 3
+    return 2 if isinstance(error, ActorFailedError) else 1
 
 
 def explained(error: Exception, actor: str, doing: str, seconds: float) -> Exception:

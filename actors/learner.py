@@ -171,11 +171,16 @@ class RayLearnerGroup:
         return ForwardOutput(logprobs_per_datum=unshard(shards, [output.logprobs_per_datum for output in outputs]))
 
     async def forward_backward(
-        self, data: Sequence[Datum], loss: LossConfig, temperature: float = 1.0
+        self, data: Sequence[Datum], loss: LossConfig, temperature: float = 1.0, sum_weights: float | None = None
     ) -> ForwardBackwardOutput:
-        """Accumulates gradients of the whole batch's loss, whatever the number of ranks."""
+        """Accumulates gradients of the whole batch's loss, whatever the number of ranks.
+
+        `sum_weights` is the normaliser where data of the batch are left out because they add nothing; None: the sum
+        of the weights of `data`.
+        """
         shards = self._shards(data)
-        sum_weights = _sum_weights(data)
+        if sum_weights is None:
+            sum_weights = _sum_weights(data)
         outputs: list[ForwardBackwardOutput] = await self._all(
             "forward_backward",
             [

@@ -62,15 +62,26 @@ class Sampler:
         await asyncio.to_thread(self._loop.wait_started, spec.start_timeout_s)
         return int(await self._call(lambda engine: engine.max_model_len))
 
-    async def generate(self, requests: Sequence[SampleRequest], sampling: SamplingConfig) -> AsyncIterator[GroupSample]:
-        """Samples all groups, yielding each when it is complete.
+    async def generate(
+        self, requests: Sequence[SampleRequest], sampling: SamplingConfig
+    ) -> AsyncIterator[list[GroupSample]]:
+        """Samples all groups, yielding those that are complete as soon as there are some.
 
         With nothing in flight it starts from an empty prefix cache: the same requests then meet the same engine,
         whatever ran before, and a resumed run equals an uninterrupted one bit for bit.
         """
         futures = self._running().submit(requests, sampling, cold=True)
-        for done in asyncio.as_completed([asyncio.wrap_future(future) for future in futures]):
-            yield await done
+        arrived: asyncio.Queue[asyncio.Future[GroupSample]] = asyncio.Queue()
+        for future in futures:
+            asyncio.wrap_future(future).add_done_callback(arrived.put_nowait)
+        num_left = len(futures)
+        while num_left:
+            # A message costs Ray more than a group: whatever came meanwhile goes with it.
+            done = [await arrived.get()]
+            while not arrived.empty():
+                done.append(arrived.get_nowait())
+            num_left -= len(done)
+            yield [group.result() for group in done]
 
     async def score(self, token_ids: Sequence[int]) -> Float32Array:
         """Log-probabilities (N-1,) of a fixed sequence at temperature 1."""

@@ -79,7 +79,8 @@ class RaySamplerPool:
         try:
             stream = self._samplers[name].generate.options(num_returns="streaming").remote(requests, sampling)
             async for reference in stream:
-                arrived.put_nowait(await reference)
+                for group in await reference:
+                    arrived.put_nowait(group)
         except (RayActorError, RayTaskError) as error:
             doing = f"sampling {len(requests)} groups"
             arrived.put_nowait(explained(error, name, doing, time.monotonic() - started))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import tempfile
 import traceback
 from collections.abc import Callable, Mapping
 from multiprocessing.connection import Connection
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
@@ -37,8 +39,11 @@ class Child:
         context = multiprocessing.get_context("spawn")
         self._name = build.__name__
         self._pipe, theirs = context.Pipe()
+        handle, log = tempfile.mkstemp(prefix="weaver-rl-benchmark-", suffix=".log")
+        os.close(handle)
+        self._log = Path(log)
         self._process = context.Process(
-            target=_serve, args=(theirs, build, arguments, dict(environment or {})), daemon=True
+            target=_serve, args=(theirs, self._log, build, arguments, dict(environment or {})), daemon=True
         )
         self._process.start()
         theirs.close()
@@ -62,6 +67,7 @@ class Child:
         if self._process.is_alive():
             self._process.kill()
             self._process.join()
+        self._log.unlink(missing_ok=True)
 
     def __enter__(self) -> Self:
         return self
@@ -78,16 +84,24 @@ class Child:
             outcome, value = self._pipe.recv()
         except EOFError:
             self._process.join(timeout=5)
-            raise RuntimeError(f"{self._name} ended with exit status {self._process.exitcode}") from None
+            said = self._log.read_text(errors="replace")[-2000:]
+            raise RuntimeError(f"{self._name} ended with exit status {self._process.exitcode}:\n{said}") from None
         if outcome == "failed":
             raise RuntimeError(f"{self._name} failed:\n{value}")
         return value
 
 
 def _serve(
-    pipe: Connection, build: Callable[..., Callable[[], Any]], arguments: tuple[Any, ...], environment: dict[str, str]
+    pipe: Connection,
+    log: Path,
+    build: Callable[..., Callable[[], Any]],
+    arguments: tuple[Any, ...],
+    environment: dict[str, str],
 ) -> None:
     os.environ.update(environment)
+    said = os.open(log, os.O_WRONLY | os.O_APPEND)
+    os.dup2(said, 1)
+    os.dup2(said, 2)
     try:
         function = build(*arguments)
         pipe.send(("done", None))

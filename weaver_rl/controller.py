@@ -245,7 +245,9 @@ class Controller:
             if config.correction.name != "none":
                 before = await self._crew.learner.forward(learn_input.data(), temperature)
                 learn_input = correct(learn_input, before, config.correction)
-            learned = await self._crew.learner.forward_backward(learn_input.data(), config.loss, temperature)
+            learned = await self._crew.learner.forward_backward(
+                learn_input.data(), config.loss, temperature, learn_input.sum_weights
+            )
             learn_input = learn_input.with_learner_logprobs(learned.logprobs_per_datum)
             gap = learn_input.gap()
             require_small_gap(gap, config)

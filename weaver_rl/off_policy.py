@@ -31,11 +31,23 @@ class LearnInput:
     learner_logprobs: tuple[Float32Array, ...] | None = None
     """(L,) per entry, before the update."""
 
+    sum_weights: float
+    """Tokens of every rollout of the batch, those left out included: what the loss is normalised by."""
+
     @staticmethod
     def of(batch: StepBatch) -> LearnInput:
-        """Every token of a rollout weighs its advantage."""
-        entries = tuple(batch.trained())
-        return LearnInput(entries=entries, importance_weights=tuple(_advantage_L(entry) for entry in entries))
+        """Every token of a rollout weighs its advantage.
+
+        Rollouts of advantage 0 add nothing to loss or gradient, so they are left out and only counted in the
+        normaliser; without any other they stay, since the step needs a gradient and the gap needs tokens.
+        """
+        trained = tuple(batch.trained())
+        entries = tuple(entry for entry in trained if entry.advantage != 0) or trained
+        return LearnInput(
+            entries=entries,
+            importance_weights=tuple(_advantage_L(entry) for entry in entries),
+            sum_weights=float(sum(len(entry.scored.rollout.completion.token_ids_L) for entry in trained)),
+        )
 
     def data(self) -> list[Datum]:
         """The data of the step, in order."""

@@ -12,6 +12,8 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
+from weaver_rl.packed_arrays import pack, unpack
+
 Int64Array = npt.NDArray[np.int64]
 Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
@@ -64,6 +66,19 @@ class Completion:
         lengths = {len(self.token_ids_L), len(self.logprobs_L), len(self.versions_L)}
         if len(lengths) != 1:
             raise ValueError(f"token_ids_L, logprobs_L and versions_L must have one length, seen {sorted(lengths)}")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        arrays = (self.token_ids_L, self.logprobs_L, self.versions_L)
+        return _completion, (*map(pack, arrays), self.stop_reason)
+
+
+def _completion(token_ids_L: Any, logprobs_L: Any, versions_L: Any, stop_reason: StopReason) -> Completion:
+    return Completion(
+        token_ids_L=unpack(token_ids_L),
+        logprobs_L=unpack(logprobs_L),
+        versions_L=unpack(versions_L),
+        stop_reason=stop_reason,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,6 +146,18 @@ class Datum:
     """1-D arrays of length N: `target_tokens` int64, `weights` float32 (0 on the prompt) and, for
     `importance_sampling`, `importance_weights` float32."""
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        inputs = {name: pack(values) for name, values in self.loss_fn_inputs.items()}
+        return _datum, (self.datum_id, pack(self.token_ids_N), inputs)
+
+
+def _datum(datum_id: str, token_ids_N: Any, inputs: dict[str, Any]) -> Datum:
+    return Datum(
+        datum_id=datum_id,
+        token_ids_N=unpack(token_ids_N),
+        loss_fn_inputs={name: unpack(values) for name, values in inputs.items()},
+    )
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AdamParams:
@@ -151,6 +178,13 @@ class ForwardOutput:
 
     logprobs_per_datum: tuple[Float32Array, ...]
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _forward_output, tuple(map(pack, self.logprobs_per_datum))
+
+
+def _forward_output(*logprobs_per_datum: Any) -> ForwardOutput:
+    return ForwardOutput(logprobs_per_datum=tuple(map(unpack, logprobs_per_datum)))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ForwardBackwardOutput:
@@ -163,6 +197,22 @@ class ForwardBackwardOutput:
     """The normaliser: sum of `weights` over the whole request."""
     logprobs_per_datum: tuple[Float32Array, ...]
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        logprobs = tuple(map(pack, self.logprobs_per_datum))
+        return _forward_backward_output, (self.loss, self.num_tokens, self.sum_weights, logprobs, self.metrics)
+
+
+def _forward_backward_output(
+    loss: float, num_tokens: int, sum_weights: float, logprobs: tuple[Any, ...], metrics: Mapping[str, float]
+) -> ForwardBackwardOutput:
+    return ForwardBackwardOutput(
+        loss=loss,
+        num_tokens=num_tokens,
+        sum_weights=sum_weights,
+        logprobs_per_datum=tuple(map(unpack, logprobs)),
+        metrics=metrics,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,6 +5,7 @@ A pytest plugin, so that an engine starts once however many modules use it. Test
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,7 +30,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def cluster() -> Iterator[None]:
     # Paths of sockets below it may have 107 characters at most, so it cannot be pytest's.
     with tempfile.TemporaryDirectory(prefix="weaver-rl-", ignore_cleanup_errors=True) as session:
-        ray.init(address="local", include_dashboard=False, log_to_driver=False, logging_level="error", _temp_dir=session)
+        ray.init(
+            address="local",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _temp_dir=session,
+        )
         yield
         ray.shutdown()
 
@@ -48,7 +55,7 @@ def rank_actors(cluster: None) -> dict[str, list[Any]]:
 @pytest.fixture(scope="session")
 def samplers(cluster: None, models: dict[str, Path]) -> Iterator[dict[str, Any]]:
     """Both engines, started; the seeds of the engines differ as a run's do."""
-    remote = ray.remote(Sampler).options(num_cpus=0, max_concurrency=100)
+    remote: Any = ray.remote(Sampler).options(num_cpus=0, max_concurrency=100)
     actors = {kind: remote.remote(1) for kind in KINDS}
     ray.get([actors[kind].start.remote(sampler_spec(kind, models[kind], seed)) for seed, kind in enumerate(KINDS)])
     yield actors

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,8 @@ def make_model(directory: Path, *, tied: bool, seed: int = 0) -> Path:
         bos_token_id=None,
         eos_token_id=STOP_TOKENS[0],
     )
-    LlamaForCausalLM(config).save_pretrained(directory)
+    model: Any = LlamaForCausalLM(config)  # type: ignore[no-untyped-call]
+    model.save_pretrained(directory)
     return directory
 
 
@@ -195,11 +196,15 @@ def gap(pairs: Sequence[tuple[Completion, Float32Array]], version: int) -> float
     return float(values.max())
 
 
+def in_actor(actor: Any, function: Callable[[Any], Any]) -> Any:
+    """`function(actor)` in the actor's process. Only a local function will do: the actor cannot import test modules."""
+    return ray.get(actor.__ray_call__.remote(function), timeout=TIMEOUT_S)
+
+
 def process_id(actor: Any) -> int:
-    return int(ray.get(actor.__ray_call__.remote(_getpid)))
+    def getpid(actor: Any) -> int:
+        import os
 
+        return os.getpid()
 
-def _getpid(actor: Any) -> int:
-    import os
-
-    return os.getpid()
+    return int(in_actor(actor, getpid))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 from sampler_parts import VOCAB, process_id, random_tokens, start_learner
 
@@ -43,7 +44,7 @@ def make_data(num: int = 9) -> list[Datum]:
         length = len(tokens) - 1
         weights = rng.uniform(0.25, 2.0, length).astype(np.float32)
         weights[: length // 3] = 0.0
-        inputs = {
+        inputs: dict[str, npt.NDArray[Any]] = {
             "target_tokens": tokens[1:],
             "weights": weights,
             "importance_weights": rng.normal(0, 1.5, length).astype(np.float32),

@@ -6,18 +6,20 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import ray
+from conftest import TINY
 from safetensors.numpy import load_file
 from sampler_parts import (
     MAX_MODEL_LEN,
     STOP_TOKENS,
     VOCAB,
+    Started,
+    in_actor,
     pool_of,
     process_id,
     random_tokens,
@@ -25,8 +27,12 @@ from sampler_parts import (
     sample,
 )
 
+from actors.launch import Prepared, _start_samplers
 from actors.object_store import publish
+from actors.sampler import SamplerSpec
 from actors.sampler_pool import RaySamplerPool
+from actors.spawn import Actors
+from weaver_rl.config import load_config
 from weaver_rl.errors import ActorFailedError, EngineError
 from weaver_rl.rollout import SamplingConfig
 from weaver_rl.types import GroupSample, PublishedWeights, SampleRequest
@@ -46,7 +52,7 @@ def weights(models: dict[str, Path], replicas: RaySamplerPool) -> PublishedWeigh
 
 
 @pytest.fixture
-def same_policy(replicas: RaySamplerPool, weights: PublishedWeights) -> Iterator[RaySamplerPool]:
+def same_policy(replicas: RaySamplerPool, weights: PublishedWeights) -> RaySamplerPool:
     """Two samplers of one policy."""
     return replicas
 
@@ -85,21 +91,49 @@ def test_different_seeds_give_different_tokens(same_policy: RaySamplerPool) -> N
 def test_engines_do_not_share_a_stream_of_random_numbers(same_policy: RaySamplerPool, samplers: dict[str, Any]) -> None:
     """Nothing of a run samples without a seed of its own; if something ever does, replicas must not repeat each other.
 
-    Each engine's stream is set back to where its start left it: to the seed it was given.
+    Each engine's stream is set back to where its start left it: to the seed it was built with.
     """
-    ray.get([sampler.__ray_call__.remote(_restart_stream) for sampler in samplers.values()])
+
+    def restart_stream(sampler: Any) -> None:
+        from vllm.utils.torch_utils import set_random_seed
+
+        def restart(engine: Any) -> None:
+            set_random_seed(engine._engine.vllm_config.model_config.seed)
+
+        sampler._loop.call(restart).result(timeout=30)
+
+    for sampler in samplers.values():
+        in_actor(sampler, restart_stream)
     unseeded: Any = (None,) * 4
     sampled = asyncio.run(sample(same_policy, both(unseeded, "unseeded"), SamplingConfig(max_tokens=8)))
     assert tokens(sampled["unseeded-0"]) != tokens(sampled["unseeded-1"])
 
 
-def _restart_stream(sampler: Any) -> None:
-    def restart(engine: Any) -> None:
-        from vllm.utils.torch_utils import set_random_seed
+@dataclass
+class RecordedStart:
+    """Stands for a sampler that is being started; keeps what it was given."""
 
-        set_random_seed(engine._engine.vllm_config.model_config.seed)
+    specs: list[SamplerSpec] = field(default_factory=list)
 
-    sampler._loop.call(restart).result(timeout=30)
+    @property
+    def start(self) -> RecordedStart:
+        return self
+
+    def remote(self, spec: SamplerSpec) -> Started:
+        self.specs.append(spec)
+        return Started()
+
+
+def test_a_run_gives_every_engine_a_seed_of_its_own() -> None:
+    config = load_config(TINY, ["sampler.num_replicas=3", "seed=11"])
+    handles = {f"sampler {index}": RecordedStart() for index in range(3)}
+    unused: Any = None
+    prepared = Prepared(
+        model_dir=Path("model"), prompts=unused, task_scorer=None, vocab_size=VOCAB, max_len=64, stop_tokens=STOP_TOKENS
+    )
+    asyncio.run(_start_samplers(config, Actors(samplers=dict(handles)), prepared, "object_store"))
+    seeds = [spec.seed for handle in handles.values() for spec in handle.specs]
+    assert len(set(seeds)) == 3
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -17,8 +17,10 @@ import ray
 from sampler_parts import (
     BLOCK,
     KINDS,
+    TIMEOUT_S,
     VOCAB,
     ReplicaPool,
+    Started,
     change,
     gap,
     learner_logprobs,
@@ -40,6 +42,10 @@ from weaver_rl.weights.sync import WeightSync
 pytest_plugins = ("sampler_fixtures",)
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
+Actors = dict[str, Any]
+Ranks = dict[str, list[Any]]
+Models = dict[str, Path]
+
 PROBE = probe_token_ids(VOCAB, 64)
 TOLERANCE = 1e-3
 EXACT = 1e-4
@@ -47,13 +53,15 @@ TEMPERATURE = 0.7
 
 
 @pytest.fixture
-def learner(rank_actors: dict[str, list[Any]], models: dict[str, Path]) -> RayLearnerGroup:
+def learner(rank_actors: Ranks, models: Models) -> RayLearnerGroup:
     """The tied policy, of one rank, at its first weights."""
     return start_learner(rank_actors["tied"], models["tied"])
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_after_a_large_change_the_sampler_agrees(kind: str, samplers, rank_actors, models) -> None:
+def test_after_a_large_change_the_sampler_agrees(
+    kind: str, samplers: Actors, rank_actors: Ranks, models: Models
+) -> None:
     learner, pool = start_learner(rank_actors[kind], models[kind]), pool_of({kind: samplers[kind]})
     asked = requests([random_tokens(3 * BLOCK + 8, seed) for seed in range(2)], 4, name="again")
 
@@ -78,7 +86,9 @@ def test_after_a_large_change_the_sampler_agrees(kind: str, samplers, rank_actor
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_weights_loaded_while_requests_are_in_flight(kind: str, samplers, rank_actors, models, tmp_path: Path) -> None:
+def test_weights_loaded_while_requests_are_in_flight(
+    kind: str, samplers: Actors, rank_actors: Ranks, models: Models, tmp_path: Path
+) -> None:
     learner, pool = start_learner(rank_actors[kind], models[kind]), pool_of({kind: samplers[kind]})
     long = requests([random_tokens(3 * BLOCK + 8, seed) for seed in range(2)], 6, name="long")
     # Asked for before and after the load while `long` runs: an idle engine would forget its prefixes by itself.
@@ -130,8 +140,8 @@ class AlteringPool(ReplicaPool):
 @pytest.mark.parametrize(
     "tensor", ["model.embed_tokens.weight", "model.layers.1.self_attn.v_proj.weight", "model.norm.weight"]
 )
-def test_one_altered_tensor_is_seen_and_sent_again(tensor: str, samplers, learner: RayLearnerGroup) -> None:
-    pool = pool_of(samplers, AlteringPool)
+def test_one_altered_tensor_is_seen_and_sent_again(tensor: str, samplers: Actors, learner: RayLearnerGroup) -> None:
+    pool = AlteringPool(samplers, Started(), generate_timeout_s=TIMEOUT_S, load_timeout_s=TIMEOUT_S)
     pool.tensor, pool.times = tensor, 1
 
     async def run() -> None:
@@ -146,8 +156,8 @@ def test_one_altered_tensor_is_seen_and_sent_again(tensor: str, samplers, learne
     asyncio.run(run())
 
 
-def test_a_sampler_that_never_gets_the_weights_right_is_named(samplers, learner: RayLearnerGroup) -> None:
-    pool = pool_of(samplers, AlteringPool)
+def test_a_sampler_that_never_gets_the_weights_right_is_named(samplers: Actors, learner: RayLearnerGroup) -> None:
+    pool = AlteringPool(samplers, Started(), generate_timeout_s=TIMEOUT_S, load_timeout_s=TIMEOUT_S)
     pool.tensor, pool.times = "model.layers.0.mlp.down_proj.weight", 1000
     with pytest.raises(WeightSyncError, match=r"^untied does not use weights v4: .* nats from the learner's"):
         asyncio.run(WeightSync(learner, pool, PROBE, TOLERANCE)(4))

@@ -145,7 +145,7 @@ class FakeLearner:
         return ForwardOutput(logprobs_per_datum=self._logprobs(data))
 
     async def forward_backward(
-        self, data: Sequence[Datum], loss: Any, temperature: float = 1.0
+        self, data: Sequence[Datum], loss: Any, temperature: float = 1.0, sum_weights: float | None = None
     ) -> ForwardBackwardOutput:
         logprobs = self._logprobs(data)
         weighted = [
@@ -155,7 +155,8 @@ class FakeLearner:
         self.gradient += float(sum((w * p).sum() for w, p in zip(weighted, logprobs, strict=True)))
         self.calls.append(("forward_backward", loss.name, tuple(d.datum_id for d in data), self.gradient, temperature))
         await asyncio.sleep(0)
-        sum_weights = float(sum(d.loss_fn_inputs["weights"].sum() for d in data))
+        if sum_weights is None:
+            sum_weights = float(sum(d.loss_fn_inputs["weights"].sum() for d in data))
         return ForwardBackwardOutput(
             loss=-self.gradient / sum_weights,
             num_tokens=sum(len(d.token_ids_N) for d in data),

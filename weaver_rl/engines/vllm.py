@@ -164,6 +164,8 @@ class VllmEngine:
                 detokenize=False,
                 stop_token_ids=self._stop_token_ids,
                 output_kind=RequestOutputKind.FINAL_ONLY,
+                # Nobody else has them: vLLM need not copy them deeply, a tenth of the time of a short completion.
+                skip_clone=True,
             )
             self._engine.add_request(f"{request.group_id}/{index}", _prompt(request.token_ids_P), params)
         self._groups[request.group_id] = group

@@ -33,8 +33,12 @@ class ScratchModel(Section):
     """Most tokens the tokenizer may have; it has fewer when the task's texts have nothing to merge."""
     max_position_embeddings: int = Field(default=1024, ge=8)
     """Longest sequence, prompt and completion together, in tokens."""
+    split_digits: bool = True
+    """Every digit is a token of its own; false: numbers that are frequent in the task's texts become one token."""
     tie_embeddings: bool = False
     """One matrix for input embedding and output layer."""
+    initializer_range: float = Field(default=0.02, gt=0)
+    """Standard deviation of the random weights."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Of the random weights."""
 

@@ -13,20 +13,21 @@ if TYPE_CHECKING:
 
 EOS, PAD = "<eos>", "<pad>"
 
-PIECES = r"\p{N}| ?\p{L}+| ?[^\s\p{L}\p{N}]+ ?|\s+"
-"""What BPE may merge within. Every digit is a token wherever it stands, so numbers look the same after a space, after
-an operator and at the start of an answer; the spaces around an operator belong to it: `5|3| + |4|7| =`."""
+PIECES = r" ?\p{L}+| ?[^\s\p{L}\p{N}]+ ?|\s+"
+"""What BPE may merge within, beside digits or numbers. No space belongs to a number, so it looks the same after a
+space, after an operator and at the start of an answer; spaces around an operator belong to it: `5|3| + |4|7| =`."""
 
 
-def build_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
+def build_tokenizer(texts: Iterable[str], vocab_size: int, *, split_digits: bool = True) -> PreTrainedTokenizerBase:
     """A byte-level BPE tokenizer: any text survives encoding and decoding; the same texts give the same bytes."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
+    number = r"\p{N}|" if split_digits else r"\p{N}+|"
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PIECES), behavior="isolated"),
+            pre_tokenizers.Split(Regex(number + PIECES), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -56,6 +57,7 @@ def llama_config(config: ScratchModel, tokenizer: PreTrainedTokenizerBase) -> An
         num_key_value_heads=config.kv_heads,
         max_position_embeddings=config.max_position_embeddings,
         tie_word_embeddings=config.tie_embeddings,
+        initializer_range=config.initializer_range,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -70,7 +72,7 @@ def save_scratch_model(config: ScratchModel, texts: Iterable[str], directory: Pa
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()  # type: ignore[no-untyped-call]
-    tokenizer = build_tokenizer(texts, config.vocab_size)
+    tokenizer = build_tokenizer(texts, config.vocab_size, split_digits=config.split_digits)
     # The initialisation must neither depend on what was drawn before nor change what is drawn after.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
