@@ -138,9 +138,16 @@ def _prepare(config: RunConfig) -> Prepared:
             f"the model takes sequences of {max_len} tokens, rollout.sampling.max_tokens is {max_tokens}: nothing is "
             "left for the prompt; lower max_tokens"
         )
+    longest_prompt = max_len - max_tokens
+    demonstrations = None
+    if config.warm_start is not None and config.warm_start.task is not None:
+        teacher = load_task(config.warm_start.task, config.base_dir, config.seed)
+        demonstrations = PromptStream(teacher, tokenizer, config.warm_start.task, longest_prompt, config.seed)
+    prompts = PromptStream(task, tokenizer, config.task, longest_prompt, config.seed, demonstrations)
+    prompts.eval_prompts(config.eval.num_prompts)  # says at the start what is wrong with them
     return Prepared(
         model_dir=model_dir,
-        prompts=PromptStream(task, tokenizer, config.task, max_len - max_tokens, config.seed),
+        prompts=prompts,
         task_scorer=load_scorer(config.task, config.base_dir, task),
         vocab_size=len(tokenizer),
         max_len=max_len,

@@ -77,7 +77,7 @@ def _speed(name: str, overrides: list[str], scale: Scale, folder: Path) -> list[
     config = workload.config.learner.model_copy(update={"num_threads": scale.num_threads})
     batches = pack([len(datum.token_ids_N) for datum in data], config.max_tokens_per_microbatch)
     num_tokens = sum(len(datum.token_ids_N) for datum in data)
-    effort = Effort(rounds=3 if scale.quick else 31, max_seconds=10 if scale.quick else 25, warmups=3)
+    effort = Effort(rounds=3 if scale.quick else 31, max_seconds=10 if scale.quick else 15, warmups=2)
     environment = _environment(scale)
     losses: dict[str, list[float]] = {}
 

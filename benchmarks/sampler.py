@@ -25,7 +25,7 @@ from benchmarks.scale import Scale
 
 SAME = "vllm.LLM.generate, same settings (F.linear)"
 DEFAULT = "vllm.LLM.generate, vLLM's defaults (oneDNN, spinning OpenMP)"
-LONG = ["model.max_position_embeddings=128", "rollout.sampling.max_tokens=96"]
+LONG = ["model.max_position_embeddings=128", "rollout.sampling.max_tokens=64"]
 """Completions where decoding, not the handling of requests, takes the time."""
 SMOLLM2 = ["model={name: smollm2-135m-instruct}", "task.chat_template=never", "rollout.prompts_per_step=8"]
 
@@ -46,7 +46,7 @@ def measure(scale: Scale, folder: Path) -> list[Row]:
 def _case(name: str, overrides: list[str], scale: Scale, folder: Path) -> list[Row]:
     config = quickstart_config(overrides)
     workload = prepare(config, folder, num_demonstrations=0)
-    effort = Effort(rounds=3 if scale.quick else 15, max_seconds=15 if scale.quick else 40, warmups=2)
+    effort = Effort(rounds=3 if scale.quick else 15, max_seconds=10 if scale.quick else 25)
     last: dict[str, Generated] = {}
 
     def tokens_per_s(contender: str, generate: Callable[[], Generated]) -> Callable[[], float]:

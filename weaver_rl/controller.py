@@ -135,9 +135,7 @@ class Controller:
         ]
         with clock.stage("learn"):
             learned = await self._crew.learner.forward_backward(data, CrossEntropy(name="cross_entropy"))
-            update = await self._crew.learner.optim_step(
-                replace(self._config.learner.adam_params_at(0, 1), learning_rate=warm.learning_rate_at(state.step))
-            )
+            update = await self._crew.learner.optim_step(warm.adam_params_at(state.step, self._config.learner))
         self._state = replace(state, step=state.step + 1, position=first + len(pairs))
         metrics = {
             "loss": learned.loss,

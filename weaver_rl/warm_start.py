@@ -6,21 +6,26 @@ from typing import Literal
 
 from pydantic import Field
 
+from weaver_rl.learner.config import LearnerConfig, ScheduleConfig
 from weaver_rl.section import Section
+from weaver_rl.tasks.config import TaskConfig
+from weaver_rl.types import AdamParams
 
 
 class WarmStartConfig(Section):
-    """Steps of `cross_entropy` on the task's own answers."""
+    """Steps of `cross_entropy` on the answers of a task."""
 
+    task: TaskConfig | None = None
+    """Where the demonstrations come from; null: the run's own task. Held-out prompts are refused either way."""
     loss: Literal["cross_entropy"] = "cross_entropy"
     num_steps: int = Field(ge=1)
     prompts_per_step: int = Field(default=64, ge=1)
     learning_rate: float = Field(default=1e-3, gt=0)
-    """Peak; warmed up linearly and held."""
-    warmup_steps: int = Field(default=10, ge=0)
+    """Peak learning rate."""
+    schedule: ScheduleConfig = ScheduleConfig(warmup_steps=10)
+    """Warm-up and decay over the steps of the warm start; the optimizer's other values are the learner's."""
 
-    def learning_rate_at(self, step: int) -> float:
-        """Learning rate of the `step`-th update of the warm start, counted from 0."""
-        if step < self.warmup_steps:
-            return self.learning_rate * (step + 1) / self.warmup_steps
-        return self.learning_rate
+    def adam_params_at(self, step: int, learner: LearnerConfig) -> AdamParams:
+        """The update of `step`, counted from 0."""
+        changes = {"learning_rate": self.learning_rate, "schedule": self.schedule}
+        return learner.model_copy(update=changes).adam_params_at(step, self.num_steps)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import ray
-from sampler_parts import KINDS, ReplicaPool, make_model, pool_of, sampler_spec
+from sampler_parts import KINDS, START_TIMEOUT_S, ReplicaPool, make_model, pool_of, sampler_spec
 
 from actors.learner import LearnerRank
 from actors.sampler import Sampler
@@ -57,7 +57,8 @@ def samplers(cluster: None, models: dict[str, Path]) -> Iterator[dict[str, Any]]
     """Both engines, started; the seeds of the engines differ as a run's do."""
     remote: Any = ray.remote(Sampler).options(num_cpus=0, max_concurrency=100)
     actors = {kind: remote.remote(1) for kind in KINDS}
-    ray.get([actors[kind].start.remote(sampler_spec(kind, models[kind], seed)) for seed, kind in enumerate(KINDS)])
+    started = [actors[kind].start.remote(sampler_spec(kind, models[kind], seed)) for seed, kind in enumerate(KINDS)]
+    ray.get(started, timeout=START_TIMEOUT_S)
     yield actors
     ray.wait([actor.close.remote() for actor in actors.values()], num_returns=2, timeout=30)
 

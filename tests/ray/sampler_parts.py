@@ -24,6 +24,7 @@ MAX_MODEL_LEN = 256
 BLOCK = 32
 STOP_TOKENS = (2, 7)
 TIMEOUT_S = 60.0
+START_TIMEOUT_S = 150.0
 KINDS = ("tied", "untied")
 """The two policies: with one matrix for embedding and head (learner of 1 rank), and with two (learner of 2 ranks)."""
 
@@ -100,7 +101,7 @@ def sampler_spec(name: str, model_dir: Path, seed: int) -> SamplerSpec:
         stop_token_ids=STOP_TOKENS,
         tensor_parallel=1,
         transport="object_store",
-        start_timeout_s=240.0,
+        start_timeout_s=START_TIMEOUT_S,
     )
 
 

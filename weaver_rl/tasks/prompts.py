@@ -105,8 +105,15 @@ class PromptStream:
     """
 
     def __init__(
-        self, task: Task, tokenizer: PreTrainedTokenizerBase, config: TaskConfig, max_prompt_tokens: int, seed: int
+        self,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        config: TaskConfig,
+        max_prompt_tokens: int,
+        seed: int,
+        demonstrations: PromptStream | None = None,
     ) -> None:
+        """`demonstrations`: where the warm start's gold completions come from; None: from this stream."""
         if max_prompt_tokens < 1:
             raise TaskError(f"max_prompt_tokens is {max_prompt_tokens}: max_tokens leaves the prompt no room; lower it")
         self._task = task
@@ -114,6 +121,7 @@ class PromptStream:
         self._config = config
         self._max_prompt_tokens = max_prompt_tokens
         self._seed = seed
+        self._demonstrations = self if demonstrations is None else demonstrations
         self._eval: dict[bytes, str] = {}
         self.num_dropped = 0
         """Prompts left out because they were too long, evaluation included; counted as they are met."""
@@ -162,6 +170,7 @@ class PromptStream:
             raise TaskError(f"of {num_asked} evaluation problems only {len(prompts)} fit the model, asked for {num}")
         self.num_dropped += num_asked - num
         self._eval = {problem.key: problem.problem_id for problem in problems}
+        self._demonstrations._eval = self._eval
         if self._kept is not None:
             eval_keys = np.array([short_key(problem) for problem in problems], np.uint64)
             for index in self._kept[np.isin(self._keys, eval_keys)]:
@@ -170,6 +179,8 @@ class PromptStream:
 
     def demonstration(self, index: int) -> tuple[Prompt, tuple[int, ...]]:
         """The training prompt at a position and the tokens of its gold completion, end token included."""
+        if self._demonstrations is not self:
+            return self._demonstrations.demonstration(index)
         prompt = self.prompt(index)
         eos = self._tokenizer.eos_token_id
         if eos is None:
