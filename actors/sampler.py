@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
-from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -39,26 +38,12 @@ class Sampler:
 
     def __init__(self, num_threads: int | None) -> None:
         prepare_process(num_threads)
-        self._loop: EngineLoop | None = None
-        # The import takes as long as the engine's start; it happens while the model is still being prepared.
-        self._imports = threading.Thread(target=import_vllm, name="import-vllm")
-        self._imports.start()
+        self._spec: Future[SamplerSpec] = Future()
+        self._loop = EngineLoop(self._build)
 
     async def start(self, spec: SamplerSpec) -> int:
         """Builds the engine; returns its limit of tokens in a sequence."""
-        self._spec = spec
-        await asyncio.to_thread(self._imports.join)
-        build = partial(
-            VllmEngine,
-            model_dir=spec.model_dir,
-            name=spec.name,
-            engine_args=spec.engine_args,
-            seed=spec.seed,
-            stop_token_ids=spec.stop_token_ids,
-            tensor_parallel=spec.tensor_parallel,
-            weight_transfer=None if spec.transport == "object_store" else spec.transport,
-        )
-        self._loop = EngineLoop(build)
+        self._spec.set_result(spec)
         await asyncio.to_thread(self._loop.wait_started, spec.start_timeout_s)
         return int(await self._call(lambda engine: engine.max_model_len))
 
@@ -70,7 +55,7 @@ class Sampler:
         With nothing in flight it starts from an empty prefix cache: the same requests then meet the same engine,
         whatever ran before, and a resumed run equals an uninterrupted one bit for bit.
         """
-        futures = self._running().submit(requests, sampling, cold=True)
+        futures = self._loop.submit(requests, sampling, cold=True)
         arrived: asyncio.Queue[asyncio.Future[GroupSample]] = asyncio.Queue()
         for future in futures:
             asyncio.wrap_future(future).add_done_callback(arrived.put_nowait)
@@ -85,7 +70,7 @@ class Sampler:
 
     async def score(self, token_ids: Sequence[int]) -> Float32Array:
         """Log-probabilities (N-1,) of a fixed sequence at temperature 1."""
-        return await asyncio.wrap_future(self._running().score(token_ids))
+        return await asyncio.wrap_future(self._loop.score(token_ids))
 
     async def load_weights(self, weights: PublishedWeights) -> None:
         """Loads a version and drops what was cached under older ones."""
@@ -105,13 +90,23 @@ class Sampler:
 
     async def close(self) -> None:
         """Ends the engine and its worker processes."""
-        if self._loop is not None:
-            await asyncio.to_thread(self._loop.close)
+        self._spec.cancel()  # a sampler that was never started still waits for it
+        await asyncio.to_thread(self._loop.close)
 
     async def _call(self, function: Any) -> Any:
-        return await asyncio.wrap_future(self._running().call(function))
+        return await asyncio.wrap_future(self._loop.call(function))
 
-    def _running(self) -> EngineLoop:
-        if self._loop is None:
-            raise RuntimeError("the sampler was used before start()")
-        return self._loop
+    def _build(self) -> VllmEngine:
+        # The import takes as long as the rest; it happens while the model is still being prepared. It is here and not
+        # in a thread of its own because vLLM is to be imported, built and stepped by one and the same thread.
+        import_vllm()
+        spec = self._spec.result()
+        return VllmEngine(
+            model_dir=spec.model_dir,
+            name=spec.name,
+            engine_args=spec.engine_args,
+            seed=spec.seed,
+            stop_token_ids=spec.stop_token_ids,
+            tensor_parallel=spec.tensor_parallel,
+            weight_transfer=None if spec.transport == "object_store" else spec.transport,
+        )

@@ -13,6 +13,7 @@ from weaver_rl.advantages import MeanCentered
 from weaver_rl.batch import ScoredGroup, StepBatch, build_batch
 from weaver_rl.controller import RunSummary
 from weaver_rl.evaluation import evaluate
+from weaver_rl.learner.config import LearnerConfig
 from weaver_rl.metrics import find_metric
 from weaver_rl.outcome import print_outcome
 from weaver_rl.run_state import RunState
@@ -97,7 +98,11 @@ def test_outcome_tells_accuracy_speed_and_paths(tmp_path):
     assert f"{tmp_path}/report.html" in text.replace("\n/", "/")
 
 
-def test_warm_start_warms_up_and_holds():
-    config = WarmStartConfig(num_steps=5, learning_rate=0.4, warmup_steps=4)
-    assert [config.learning_rate_at(step) for step in range(6)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
-    assert WarmStartConfig(num_steps=1, warmup_steps=0, learning_rate=0.4).learning_rate_at(0) == 0.4
+def test_the_warm_start_has_its_own_learning_rate_and_the_learner_s_optimizer():
+    learner = LearnerConfig(learning_rate=7.0, adam={"beta2": 0.5}, grad_clip_norm=2.0)
+    schedule = {"name": "linear", "warmup_steps": 2, "min_ratio": 0.5}
+    warm = WarmStartConfig(num_steps=5, learning_rate=0.4, schedule=schedule)
+    rates = [warm.adam_params_at(step, learner).learning_rate for step in range(5)]
+    assert rates == pytest.approx([0.2, 0.4, 0.4, 0.3, 0.2])
+    assert warm.adam_params_at(0, learner).beta2 == 0.5
+    assert warm.adam_params_at(0, learner).grad_clip_norm == 2.0

@@ -6,7 +6,9 @@ Loop: produces finished groups; waits for commands when the engine is idle; unbl
 from __future__ import annotations
 
 import queue
+import sys
 import threading
+import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
@@ -73,8 +75,15 @@ class EngineLoop:
         self._thread.start()
 
     def wait_started(self, timeout_s: float) -> None:
-        """Returns once the engine is built; raises what building it raised."""
-        self._started.result(timeout=timeout_s)
+        """Returns once the engine is built; raises what building it raised, EngineError after `timeout_s`."""
+        try:
+            self._started.result(timeout=timeout_s)
+        except TimeoutError:
+            if self._started.done():
+                raise
+            frame = sys._current_frames().get(self._thread.ident or 0)
+            where = "".join(traceback.format_stack(frame)[-4:]) if frame is not None else "its thread has ended"
+            raise EngineError(f"the engine did not start within {timeout_s:g} s; it stands at:\n{where}") from None
 
     def submit(
         self, requests: Sequence[SampleRequest], sampling: SamplingConfig, *, cold: bool = False
