@@ -99,6 +99,8 @@ class Controller:
         try:
             return await self._run(resume)
         finally:
+            # Those of a step that stopped the run are there too: they are the evidence.
+            await self._write_records()
             await self._records_written()
 
     async def _run(self, resume: bool) -> RunSummary:
@@ -157,9 +159,9 @@ class Controller:
         state = self._state
         groups = await self._roll_out(state)
         batch = build_batch(groups, self._config.advantage, state.baseline or 0.0)
+        self._records.extend(train_records(batch, state.step + 1, None))
         check_missing([e.scored for e in batch.entries], self._config.reward_workers.max_missing_fraction)
-        learned_metrics, records = await self._learn(batch, state)
-        self._records.extend(records)
+        learned_metrics = await self._learn(batch, state)
         self._state = replace(
             state,
             step=state.step + 1,
@@ -231,13 +233,13 @@ class Controller:
         )
         return ScoredGroup(group_id=sample.group_id, sampler=sample.sampler, scored_G=scored)
 
-    async def _learn(self, batch: StepBatch, state: RunState) -> tuple[dict[str, float], list[RecordedRollout]]:
+    async def _learn(self, batch: StepBatch, state: RunState) -> dict[str, float]:
         config = self._config
         temperature = config.rollout.sampling.temperature
         learn_input = LearnInput.of(batch)
         if not learn_input.entries:
             self._view.note(f"step {state.step + 1}: every group was dropped; nothing to learn from")
-            return {}, train_records(batch, state.step + 1, None)
+            return {}
         with self._clock.stage("learn"):
             self._view.waiting("the learner")
             if config.correction.name != "none":
@@ -247,6 +249,7 @@ class Controller:
                 learn_input.data(), config.loss, temperature, learn_input.sum_weights
             )
             learn_input = learn_input.with_learner_logprobs(learned.logprobs_per_datum)
+            self._records = train_records(batch, state.step + 1, learn_input)
             gap = learn_input.gap()
             require_small_gap(gap, config)
             adam = config.learner.adam_params_at(state.step - self._warm_steps, config.num_steps)
@@ -261,7 +264,7 @@ class Controller:
             "weights/version": state.step + 1,
         }
         metrics |= gap_metrics(gap) | learn_input.importance_metrics(config.loss)
-        return metrics, train_records(batch, state.step + 1, learn_input)
+        return metrics
 
     async def _sync_weights(self) -> dict[str, float]:
         with self._clock.stage("sync"):
@@ -327,7 +330,7 @@ class Controller:
         """Starts writing the rollouts of this step; that goes on while the next step is sampled, never further."""
         await self._records_written()
         if self._records:
-            write = asyncio.to_thread(write_rollouts, self._folder.path, self._state.step, self._records)
+            write = asyncio.to_thread(write_rollouts, self._folder.path, self._records[0].step, self._records)
             self._writing = asyncio.create_task(write)
             self._records = []
 

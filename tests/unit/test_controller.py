@@ -213,6 +213,13 @@ def test_a_lying_sampler_stops_the_run_before_its_update(tmp_path: Path):
     assert [step for step, _, _ in run.metrics()] == [1, 2, 3, 4]
     assert run.names()[-1] == "forward_backward"
     assert run.tasks_left == []
+    evidence = [record for record in read_rollouts(tmp_path) if record.step == 5 and record.phase == "train"]
+    assert evidence
+    for record in evidence:
+        if record.learner_logprobs_L is not None:
+            sampler_logprobs_L = record.scored.rollout.completion.logprobs_L
+            assert abs(record.learner_logprobs_L - sampler_logprobs_L) == pytest.approx(0.5, abs=1e-5)
+    assert any(record.learner_logprobs_L is not None for record in evidence)
 
 
 def test_gap_below_the_limit_is_measured(whole: Run):
@@ -244,6 +251,8 @@ def test_missing_rewards_over_the_limit_stop_the_run_with_reasons(tmp_path: Path
         run.go()
     assert [step for step, _, _ in run.metrics()] == [1, 2, 3]
     assert run.names().count("optim_step") == 3
+    evidence = [record for record in read_rollouts(tmp_path) if record.step == 4]
+    assert sum(record.scored.reward is None for record in evidence) == 6
 
 
 def test_missing_rewards_below_the_limit_are_left_out_and_counted(tmp_path: Path):
@@ -324,7 +333,7 @@ def test_a_resume_forgets_everything_after_its_checkpoint(tmp_path: Path):
     with pytest.raises(BaseException):  # noqa: B017, PT011
         again.go(resume=True)
     assert checkpoints.steps() == [2, 3, 4]
-    assert recorded_steps(tmp_path) == [2, 3, 4]
+    assert recorded_steps(tmp_path) == [2, 3, 4, 5]  # 5 is what the interrupted step had sampled anew; 6 is forgotten
     assert [step for step, _, _ in again.metrics()] == [1, 2, 3, 4]
 
 
