@@ -17,7 +17,7 @@ MAX_TEXT = 4000
 
 
 def rollouts_section(run_dir: Path) -> str:
-    """The best and the worst rollouts of the last recorded step; nothing when none was recorded."""
+    """The best and the worst training rollouts of the last recorded step; nothing when none was recorded."""
     steps = recorded_steps(run_dir)
     if not steps:
         return ""
@@ -39,6 +39,8 @@ def _extremes(
     low: list[tuple[float, int, RecordedRollout]] = []
     count = missing = 0
     for record in records:
+        if record.phase == "eval":
+            continue
         count += 1
         reward = record.scored.reward
         if reward is None:
