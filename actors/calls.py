@@ -7,7 +7,7 @@ import time
 from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError, RayTaskError
 
 from weaver_rl.errors import ActorFailedError, OtherRankError, WeaverRLError
 
@@ -29,7 +29,7 @@ async def answer(reference: Any, *, actor: str, doing: str, timeout_s: float) ->
         return await asyncio.wait_for(_future(reference), timeout_s)
     except TimeoutError:
         raise ActorFailedError(f"{actor} did not answer within {timeout_s:g} s while it was {doing}") from None
-    except (RayActorError, RayTaskError) as error:
+    except RayError as error:
         raise explained(error, actor, doing, time.monotonic() - started) from error
 
 
@@ -54,7 +54,7 @@ async def together(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
 
 
 def _distance_from_cause(error: BaseException) -> int:
-    if isinstance(error.__cause__, RayActorError):
+    if isinstance(error.__cause__, RayError) and not isinstance(error.__cause__, RayTaskError):
         return 0
     if isinstance(error, OtherRankError):
         return 3
@@ -66,7 +66,7 @@ def explained(error: Exception, actor: str, doing: str, seconds: float) -> Excep
     cause = getattr(error, "cause", None)
     if isinstance(cause, WeaverRLError):
         return cause
-    if isinstance(error, RayActorError):
+    if not isinstance(error, RayTaskError):  # died, was killed for memory, lost its placement: each has its own class
         return ActorFailedError(f"{actor} died after {seconds:.1f} s of {doing}: {_first_line(error)}")
     what = f"{type(cause).__name__}: {cause}" if cause is not None else str(error)
     return ActorFailedError(f"{actor} failed while {doing}: {what}")

@@ -7,25 +7,27 @@ import logging
 import os
 import secrets
 import shutil
-import signal
 import socket
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import psutil
 import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 
+from actors.signals import StopSignals
 from weaver_rl.errors import ResourcesError
 from weaver_rl.placement import ClusterConfig, Placement, check_fits, shortage
 
 LOCAL = "local"
 CONNECT_TIMEOUT_S = 10.0
+ENDED_WITHIN_S = 10.0
 
 
 @contextlib.contextmanager
-def connected(cluster: ClusterConfig, logs: Path) -> Iterator[None]:
+def connected(cluster: ClusterConfig, logs: Path, stop: StopSignals) -> Iterator[None]:
     """Joins the cluster of the configuration or of RAY_ADDRESS; without either, starts one on this machine and ends it.
 
     A started cluster leaves no process and no temporary directory; when the block fails its logs are kept in `logs`.
@@ -35,18 +37,27 @@ def connected(cluster: ClusterConfig, logs: Path) -> Iterator[None]:
     """
     address = cluster.address or os.environ.get("RAY_ADDRESS") or LOCAL
     if address == LOCAL:
-        with _local_cluster(logs):
+        with _local_cluster(logs, stop):
             yield
         return
     _require_listener(address)
     try:
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise ResourcesError(_no_answer(address, _first_line(error))) from None
-    try:
+        with stop.deferred():
+            try:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            except SystemExit:
+                raise KeyboardInterrupt("SIGTERM") from None
+            finally:
+                stop.install()
+        stop.check()
         yield
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        if ray.is_initialized():
+            raise
+        raise ResourcesError(_no_answer(address, _first_line(error))) from None
     finally:
-        ray.shutdown()
+        with stop.deferred():
+            ray.shutdown()
 
 
 def _require_listener(address: str) -> None:
@@ -68,25 +79,15 @@ def _no_answer(address: str, reason: str) -> str:
 
 
 @contextlib.contextmanager
-def _local_cluster(logs: Path) -> Iterator[None]:
+def _local_cluster(logs: Path, stop: StopSignals) -> Iterator[None]:
     # Paths of sockets below it may have 107 characters at most, so it cannot be inside the run folder.
     session = Path(tempfile.mkdtemp(prefix="weaver-rl-"))
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray guards a cluster with a token; one of our own keeps it out of the home directory, where Ray would write it.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
-        ray.init(
-            address=LOCAL,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _temp_dir=str(session),
-        )
-        # ray.init puts its own handler of SIGTERM in place, which would skip our end of the run.
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        _start_ray(session, stop)
         yield
     except BaseException:
         with contextlib.suppress(OSError):
@@ -95,8 +96,42 @@ def _local_cluster(logs: Path) -> Iterator[None]:
             )
         raise
     finally:
-        ray.shutdown()
-        shutil.rmtree(session, ignore_errors=True)
+        with stop.deferred():
+            ray.shutdown()
+            _end_processes_of(session)
+            shutil.rmtree(session, ignore_errors=True)
+
+
+def _end_processes_of(session: Path) -> None:
+    """Ends what an interrupted start left: Ray's processes name their session directory, and are our descendants."""
+    left = []
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if any(str(session) in argument for argument in process.cmdline()):
+                process.kill()
+                left.append(process)
+    psutil.wait_procs(left, timeout=ENDED_WITHIN_S)
+
+
+def _start_ray(session: Path, stop: StopSignals) -> None:
+    # Cut in half, ray.init leaves processes that ray.shutdown does not know.
+    with stop.deferred():
+        try:
+            ray.init(
+                address=LOCAL,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _temp_dir=str(session),
+            )
+        except SystemExit:
+            # While it starts, Ray answers SIGTERM by leaving the interpreter.
+            raise KeyboardInterrupt("SIGTERM") from None
+        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+            raise ResourcesError(f"Ray could not be started on this machine: {_first_line(error)}") from error
+        finally:
+            stop.install()
+    stop.check()
 
 
 def cluster_gpus() -> float:

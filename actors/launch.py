@@ -7,14 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
-import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -25,14 +22,15 @@ from actors.learner import LearnerSpec, RayLearnerGroup
 from actors.reward import RayRewardPool
 from actors.sampler import SamplerSpec
 from actors.sampler_pool import RaySamplerPool
+from actors.signals import StopSignals
 from actors.spawn import Actors, spawn_learner, spawn_reward_workers, spawn_samplers
 from weaver_rl.checkpoints import Checkpoints
 from weaver_rl.config import RunConfig, dump_config
 from weaver_rl.controller import Controller, Crew, RunSummary
-from weaver_rl.errors import ModelError
+from weaver_rl.errors import ConfigError, ModelError, WeaverRLError
 from weaver_rl.metrics import MetricsWriter
 from weaver_rl.models.resolve import load_tokenizer, max_model_len, resolve_model, stop_token_ids
-from weaver_rl.placement import plan_placement
+from weaver_rl.placement import Placement, plan_placement
 from weaver_rl.report import write_report
 from weaver_rl.resume import check_resumable
 from weaver_rl.run_folder import RunClaim, RunFolder, ending, write_atomically
@@ -48,6 +46,7 @@ if TYPE_CHECKING:
 
 FLOAT32_PROBE_TOLERANCE = 1e-3
 LOW_PRECISION_PROBE_TOLERANCE = 0.2
+ANSWER_MARGIN_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,35 +79,45 @@ def train(config: RunConfig, *, resume: bool, overwrite: bool, console: Console)
     started = time.monotonic()
     folder = RunFolder(config.folder.absolute())
     changed = check_resumable(folder.config_json, config) if resume else {}
-    with _sigterm_interrupts(), folder.claim(resume=resume, overwrite=overwrite) as claim, _reported(claim):
+    with StopSignals() as stop, folder.claim(resume=resume, overwrite=overwrite) as claim, _reported(claim, stop):
         write_atomically(folder.config_yaml, dump_config(config))
         write_atomically(folder.config_json, config.model_dump_json(indent=2) + "\n")
-        with make_view(console, title=f"weaver-rl · {config.name}") as view, connected(config.cluster, folder.logs):
+        with (
+            make_view(console, title=f"weaver-rl · {config.name}") as view,
+            notes(view),
+            connected(config.cluster, folder.logs, stop),
+        ):
             for key, (before, now) in changed.items():
                 view.note(f"resuming with {key} = {now!r}, was {before!r}")
-            summary = _train_connected(config, claim, view, resume)
+            summary = _train_connected(config, claim, view, resume, stop)
     return Outcome(summary=summary, wall_seconds=time.monotonic() - started)
 
 
 @contextlib.contextmanager
-def _reported(claim: RunClaim) -> Iterator[None]:
+def _reported(claim: RunClaim, stop: StopSignals) -> Iterator[None]:
     """However the block ends, the run folder says so and has a report of what there is."""
     try:
         yield
-        claim.end("finished")
     except BaseException as error:
-        claim.end(*ending(error))
+        # A second failure here, of a full disk for example, must not hide the first.
+        with stop.deferred(), contextlib.suppress(OSError, WeaverRLError):
+            claim.end(*ending(error))
+            write_report(claim.folder.path)
         raise
-    finally:
+    with stop.deferred():
+        claim.end("finished")
         write_report(claim.folder.path)
 
 
-def _train_connected(config: RunConfig, claim: RunClaim, view: LiveView, resume: bool) -> RunSummary:
-    on_gpu = cluster_gpus() > 0
+def _train_connected(config: RunConfig, claim: RunClaim, view: LiveView, resume: bool, stop: StopSignals) -> RunSummary:
     placement = plan_placement(config.cluster, config.learner, config.sampler, cluster_gpus=cluster_gpus())
-    transport = resolve_transport(
-        config.weights.transport, on_gpu=on_gpu, colocated=config.cluster.placement == "colocated"
-    )
+    on_gpu = placement.learner_gpus > 0 and placement.sampler_gpus > 0
+    transport = resolve_transport(config.weights.transport, on_gpu=on_gpu, colocated=placement.colocated)
+    if transport == "object_store" and config.sampler.tensor_parallel > 1:
+        raise ConfigError(
+            f"sampler.tensor_parallel is {config.sampler.tensor_parallel}, but weights travel by the object store "
+            "here, which loads engines of one worker only. Use 1, or GPUs for learner and samplers (nccl)."
+        )
     with granted(placement, config.cluster.start_timeout_s) as group:
         actors = Actors()
         try:
@@ -117,11 +126,13 @@ def _train_connected(config: RunConfig, claim: RunClaim, view: LiveView, resume:
             spawn_samplers(actors, config.sampler, placement, group, _sampler_threads(config))
             view.waiting("the model and the task")
             prepared = _prepare(config)
-            return asyncio.run(_run(config, claim, view, actors, prepared, transport, resume))
-        except BaseExceptionGroup as group:
-            raise _first(group) from group
+            tolerance = _probe_tolerance(config, placement)
+            return asyncio.run(_run(config, claim, view, actors, prepared, transport, tolerance, resume, stop))
+        except BaseExceptionGroup as errors:
+            raise _first(errors) from errors
         finally:
-            asyncio.run(actors.close())
+            with stop.deferred():
+                asyncio.run(actors.close())
 
 
 def _prepare(config: RunConfig) -> Prepared:
@@ -162,12 +173,16 @@ async def _run(
     actors: Actors,
     prepared: Prepared,
     transport: Transport,
+    probe_tolerance: float,
     resume: bool,
+    stop: StopSignals,
 ) -> RunSummary:
     assert config.base_dir is not None
     spawn_reward_workers(actors, config.reward_workers, config.rewards, config.base_dir, prepared.task_scorer)
+    if left_out := prepared.prompts.dropped_note():
+        view.note(left_out)
     folder = claim.folder
-    async with _interruptible(), asyncio.TaskGroup() as tasks:
+    async with stop.running(), asyncio.TaskGroup() as tasks:
         samplers_up = tasks.create_task(_start_samplers(config, actors, prepared, transport))
         rewards_up = tasks.create_task(_start_rewards(config, actors))
         view.waiting("the learner to load the policy")
@@ -193,7 +208,7 @@ async def _run(
             controller = Controller(
                 config=config,
                 crew=crew,
-                sync=WeightSync(learner, samplers, _probe(config, prepared), _probe_tolerance(config)),
+                sync=WeightSync(learner, samplers, _probe(config, prepared), probe_tolerance),
                 folder=folder,
                 checkpoints=Checkpoints(folder.checkpoints, config.checkpoint.keep, warn=view.note),
                 metrics=metrics,
@@ -221,7 +236,8 @@ async def _start_samplers(config: RunConfig, actors: Actors, prepared: Prepared,
                     sampler.start.remote(spec),
                     actor=name,
                     doing="starting its engine",
-                    timeout_s=config.sampler.start_timeout_s,
+                    # The sampler itself gives up first, and says where its engine stands.
+                    timeout_s=config.sampler.start_timeout_s + ANSWER_MARGIN_S,
                 )
             )
 
@@ -307,50 +323,14 @@ def _probe(config: RunConfig, prepared: Prepared) -> tuple[int, ...]:
     return probe_token_ids(prepared.vocab_size, num_tokens, config.seed)
 
 
-def _probe_tolerance(config: RunConfig) -> float:
+def _probe_tolerance(config: RunConfig, placement: Placement) -> float:
     if config.weights.probe_tolerance is not None:
         return config.weights.probe_tolerance
-    exact = cluster_gpus() == 0 and config.sampler.engine_args.get("dtype", "float32") == "float32"
-    return FLOAT32_PROBE_TOLERANCE if exact else LOW_PRECISION_PROBE_TOLERANCE
+    # What `auto` and vLLM's default stand for: float32 on CPU, lower precision on GPUs.
+    learner = config.learner.dtype if config.learner.dtype != "auto" else _default_dtype(placement.learner_gpus)
+    sampler = config.sampler.engine_args.get("dtype", _default_dtype(placement.sampler_gpus))
+    return FLOAT32_PROBE_TOLERANCE if learner == sampler == "float32" else LOW_PRECISION_PROBE_TOLERANCE
 
 
-@contextlib.contextmanager
-def _sigterm_interrupts() -> Iterator[None]:
-    """SIGTERM ends the run as Ctrl-C does: through the same clean-up."""
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        raise KeyboardInterrupt("SIGTERM")
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-@contextlib.asynccontextmanager
-async def _interruptible() -> AsyncIterator[None]:
-    """SIGINT and SIGTERM cancel the run at its next await, and come out as KeyboardInterrupt."""
-    loop = asyncio.get_running_loop()
-    task = asyncio.current_task()
-    assert task is not None
-    received: list[str] = []
-
-    def stop(name: str) -> None:
-        if received:
-            # The user insists: whatever the clean-up waits for, the processes end with this one.
-            os.kill(os.getpid(), signal.SIGKILL)
-        received.append(name)
-        task.cancel()
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop, number.name)
-    try:
-        yield
-    except asyncio.CancelledError:
-        if received:
-            raise KeyboardInterrupt(received[0]) from None
-        raise
-    finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+def _default_dtype(num_gpus: float) -> str:
+    return "bfloat16" if num_gpus > 0 else "float32"

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import ray
 
 from actors.calls import answer, together
 from actors.object_store import Chunk, publish
 from actors.transfer_client import SamplerClient
-from weaver_rl.errors import BatchError
 from weaver_rl.learner.config import LearnerConfig
 from weaver_rl.learner.microbatches import Shard, shard_data, unshard
+from weaver_rl.learner.microbatches import sum_weights as total_weights
 from weaver_rl.losses.config import LossConfig
 from weaver_rl.types import (
     AdamParams,
@@ -92,9 +91,6 @@ class LearnerRank:
 
     def optim_step(self, params: AdamParams) -> OptimStepOutput:
         return self._running().optim_step(params)
-
-    def zero_grad(self) -> None:
-        self._running().zero_grad()
 
     def connect_samplers(self, samplers: Sequence[Any], tensor_parallel: int, address: tuple[str, int]) -> None:
         """Joins the samplers for transfers from GPU to GPU; the object store needs none of this."""
@@ -180,7 +176,7 @@ class RayLearnerGroup:
         """
         shards = self._shards(data)
         if sum_weights is None:
-            sum_weights = _sum_weights(data)
+            sum_weights = total_weights(data)
         outputs: list[ForwardBackwardOutput] = await self._all(
             "forward_backward",
             [
@@ -230,14 +226,3 @@ class RayLearnerGroup:
             answer(reference, actor=f"learner rank {rank}", doing=doing, timeout_s=self._timeout_s)
             for rank, reference in enumerate(references)
         )
-
-
-def _sum_weights(data: Sequence[Datum]) -> float:
-    """The normaliser of a request: sum of `weights` over all data, ranks and micro-batches, in float64."""
-    total = 0.0
-    for datum in data:
-        inputs: Mapping[str, Any] = datum.loss_fn_inputs
-        if "weights" not in inputs:
-            raise BatchError(f"datum {datum.datum_id!r}: loss_fn_inputs['weights'] is missing")
-        total += float(np.sum(inputs["weights"], dtype=np.float64))
-    return total

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from typing import Any
 
-from ray.exceptions import RayActorError, RayTaskError
+from ray.exceptions import RayError
 
 from actors.calls import answer, explained, together
 from weaver_rl.errors import ActorFailedError
@@ -76,14 +76,21 @@ class RaySamplerPool:
         arrived: asyncio.Queue[GroupSample | Exception],
     ) -> None:
         started = time.monotonic()
+        doing = f"sampling {len(requests)} groups"
+        num_owed = len(requests)
         try:
             stream = self._samplers[name].generate.options(num_returns="streaming").remote(requests, sampling)
             async for reference in stream:
                 for group in await reference:
                     arrived.put_nowait(group)
-        except (RayActorError, RayTaskError) as error:
-            doing = f"sampling {len(requests)} groups"
+                    num_owed -= 1
+        except RayError as error:
             arrived.put_nowait(explained(error, name, doing, time.monotonic() - started))
+        except Exception as error:  # noqa: BLE001 - boundary: who waits for the groups gets it, else it waits for ever
+            arrived.put_nowait(error)
+        else:
+            if num_owed:
+                arrived.put_nowait(ActorFailedError(f"{name} ended {doing} with {num_owed} of them missing"))
 
     async def load_weights(self, weights: PublishedWeights, only: str | None = None) -> None:
         await self._started

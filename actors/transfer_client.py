@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
+
+from weaver_rl.errors import ActorFailedError
 
 
 class SamplerClient:
@@ -46,4 +50,16 @@ class SamplerClient:
         self._wait([sampler.call_workers.remote(method, *args) for sampler in self._samplers])
 
     def _wait(self, references: list[Any]) -> None:
-        ray.get(references, timeout=self._timeout_s)
+        """Waits for all; the first to fail is named at once, while the others may be blocked in a transfer with it."""
+        names = {reference: f"sampler {index}" for index, reference in enumerate(references)}
+        deadline = time.monotonic() + self._timeout_s
+        pending = list(references)
+        while pending:
+            done, pending = ray.wait(pending, num_returns=1, timeout=max(0.0, deadline - time.monotonic()))
+            if not done:
+                waiting = ", ".join(names[reference] for reference in pending)
+                raise ActorFailedError(f"{waiting} did not take part in a weight transfer within {self._timeout_s:g} s")
+            try:
+                ray.get(done[0])
+            except RayError as error:
+                raise ActorFailedError(f"{names[done[0]]} failed in a weight transfer: {error}") from error

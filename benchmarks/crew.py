@@ -14,6 +14,7 @@ from actors.cluster import connected, granted
 from actors.learner import LearnerSpec, RayLearnerGroup
 from actors.sampler import SamplerSpec
 from actors.sampler_pool import RaySamplerPool
+from actors.signals import StopSignals
 from actors.spawn import Actors, spawn_learner, spawn_samplers
 from weaver_rl.config import RunConfig
 from weaver_rl.placement import ClusterConfig, Placement, plan_placement
@@ -94,7 +95,8 @@ def local_crew(config: RunConfig, folder: Path, num_threads: int) -> Iterator[Cr
     """A cluster of this machine alone for the length of the block; it leaves no process behind."""
     placement = plan_placement(config.cluster, config.learner, config.sampler, cluster_gpus=0.0)
     with (
-        connected(ClusterConfig(address="local"), folder / "logs"),
+        StopSignals() as stop,
+        connected(ClusterConfig(address="local"), folder / "logs", stop),
         granted(placement, config.cluster.start_timeout_s) as group,
         asyncio.Runner() as runner,
     ):

@@ -90,6 +90,7 @@ class Tis(Section):
 
     name: Literal["tis"] = "tis"
     cap: float = Field(default=2.0, gt=0)
+    """Largest factor a token may get (a ratio of probabilities, no unit)."""
 
     def __call__(self, learner_logprobs_L: Float32Array, sampler_logprobs_L: Float32Array) -> Float32Array:
         delta = learner_logprobs_L.astype(np.float64) - sampler_logprobs_L

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from weaver_rl.advantages import Grpo, MeanCentered, Reinforce, Rloo, group_advantages, num_needed
+from weaver_rl.errors import WeightSyncError
 from weaver_rl.types import Datum, Float32Array, ScoredRollout
 
 
@@ -54,6 +55,19 @@ class StepBatch:
     def rewards(self) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
         """All rewards that are there."""
         return np.array([e.scored.reward for e in self.entries if e.scored.reward is not None], dtype=np.float64)
+
+
+def require_fresh(groups: Sequence[ScoredGroup], version: int, max_lag: int) -> None:
+    """Raises WeightSyncError naming the sampler if a token is of a version that must not be trained at `version`."""
+    for group in groups:
+        for scored in group.scored_G:
+            versions_L = scored.rollout.completion.versions_L
+            if len(versions_L) and not (version - max_lag <= versions_L.min() and versions_L.max() <= version):
+                raise WeightSyncError(
+                    f"{group.sampler} sampled rollout {scored.rollout.rollout_id} with weights "
+                    f"v{versions_L.min()} to v{versions_L.max()}; at v{version} with max_lag {max_lag} allowed are "
+                    f"v{version - max_lag} to v{version}. It was not trained on."
+                )
 
 
 def build_batch(

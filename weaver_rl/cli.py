@@ -5,6 +5,7 @@ Exit status: 0 done, 1 a failure that is ours or a machine's, 2 something to men
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from weaver_rl.errors import UserError, WeaverRLError
 from weaver_rl.types import Rollout
 
 INTERRUPTED = "interrupted; nothing was left running"
+INTERRUPTED_STATUS = 130
 
 app = typer.Typer(
     name="weaver-rl",
@@ -118,7 +120,17 @@ def options(
 
 def main() -> None:
     """Entry point: errors of a user's making become one message and an exit status, never a traceback."""
-    sys.exit(guarded(lambda: app(standalone_mode=True)))
+    try:
+        status = guarded(lambda: app(standalone_mode=True))
+    except SystemExit as ended:
+        status = ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    if status == INTERRUPTED_STATUS:
+        # Everything is ended and written by now. An interpreter that goes down in good order would run into libraries
+        # whose import the signal cut in half, and end with their crash as its status.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    sys.exit(status)
 
 
 def guarded(run: Callable[[], None]) -> int:
@@ -128,15 +140,18 @@ def guarded(run: Callable[[], None]) -> int:
         run()
     except KeyboardInterrupt:
         errors.print(INTERRUPTED)
-        return 130
+        return INTERRUPTED_STATUS
     except SystemExit as ended:
         # How typer ends every command; an interrupt has become its status by then.
-        if ended.code == 130:
+        if ended.code == INTERRUPTED_STATUS:
             errors.print(INTERRUPTED)
         raise
     except UserError as error:
         errors.print(f"error: {error}", markup=False)
         return 2
+    except OSError as error:
+        errors.print(f"error: {error.strerror or error}: {error.filename or 'no file named'}", markup=False)
+        return 1
     except WeaverRLError as error:
         errors.print(f"error: {type(error).__name__}: {error}", markup=False)
         return 1

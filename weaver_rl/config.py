@@ -22,7 +22,7 @@ from weaver_rl.learner.config import LearnerConfig
 from weaver_rl.losses.config import ImportanceSampling, LossConfig
 from weaver_rl.models.config import ModelConfig
 from weaver_rl.placement import ClusterConfig
-from weaver_rl.rewards.config import RewardSpec, RewardWorkersConfig
+from weaver_rl.rewards.config import RewardSpec, RewardWorkersConfig, check_labels
 from weaver_rl.rollout import RolloutConfig
 from weaver_rl.section import Section
 from weaver_rl.tasks.config import TaskConfig
@@ -34,7 +34,7 @@ class CheckpointConfig(Section):
     """Checkpoints to resume from."""
 
     every: int = Field(default=20, ge=0)
-    """Steps between checkpoints; 0: only after the warm start and the last step."""
+    """Steps between checkpoints, in either phase; 0: only after the warm start and the last step."""
     keep: int = Field(default=2, ge=1)
     """Newest checkpoints kept."""
 
@@ -51,23 +51,39 @@ class RunConfig(Section):
     base_dir: Path | None = None
     """Where relative paths of tasks and rewards start; null: the directory of the configuration file."""
     model: ModelConfig
+    """The policy that training starts from."""
     task: TaskConfig
+    """Where prompts and their answers come from."""
     warm_start: WarmStartConfig | None = None
+    """Supervised steps before the first rollout; null: none."""
     num_steps: int = Field(ge=0)
     """Steps of reinforcement learning."""
     rollout: RolloutConfig = RolloutConfig()
+    """What one step samples, and how."""
     rewards: tuple[RewardSpec, ...] = Field(min_length=1)
+    """Reward functions; a rollout's reward is their weighted sum."""
     reward_workers: RewardWorkersConfig = RewardWorkersConfig()
+    """The processes that run the rewards, and how many rewards may go missing."""
     advantage: AdvantageConfig = Grpo()
+    """How the rewards of a group become advantages."""
     correction: CorrectionConfig = NoCorrection()
+    """What makes up for sampler and learner giving a token different probabilities."""
     loss: LossConfig = ImportanceSampling(name="importance_sampling")
+    """What a step of reinforcement learning minimises."""
     logprob_gap: LogprobGapLimit = LogprobGapLimit()
+    """How far sampler and learner may disagree before the run stops."""
     learner: LearnerConfig = LearnerConfig()
+    """The processes that train, and their optimizer."""
     sampler: SamplerConfig = SamplerConfig()
+    """The vLLM engines that sample."""
     weights: WeightsConfig = WeightsConfig()
+    """How new weights get to the samplers, and how their arrival is checked."""
     cluster: ClusterConfig = ClusterConfig()
+    """Which Ray cluster, and which actors share a GPU."""
     eval: EvalConfig = EvalConfig()
+    """Evaluation on held-out prompts."""
     checkpoint: CheckpointConfig = CheckpointConfig()
+    """Checkpoints to resume from."""
 
     @property
     def folder(self) -> Path:
@@ -82,9 +98,7 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_across_sections(self) -> RunConfig:
         labels = [spec.component_name for spec in self.rewards]
-        repeated = sorted({label for label in labels if labels.count(label) > 1})
-        if repeated:
-            raise ValueError(f"rewards: {repeated} named more than once; give each a `label` of its own")
+        check_labels(self.rewards)
         if self.eval.reward is not None and self.eval.reward not in labels:
             raise ValueError(f"eval.reward is {self.eval.reward!r}, the rewards are {labels}")
         group = self.rollout.samples_per_prompt
@@ -153,14 +167,42 @@ def pairs(arguments: Sequence[str]) -> dict[str, Any]:
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file, or a ConfigError that says what is there instead."""
     try:
-        data = yaml.safe_load(path.read_text())
+        data = _parse_yaml(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except _RepeatedKeyError as error:
+        raise ConfigError(f"{path}: {error}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not YAML: {error}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: a mapping of keys is needed, seen {type(data).__name__}")
     return data
+
+
+class _RepeatedKeyError(yaml.YAMLError):
+    """A mapping that gives a key twice, of which YAML would silently drop the first."""
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads what `yaml.safe_load` reads, but refuses a key given twice; `<<` may bring it a second time."""
+
+    # Here, not in construct_mapping: there the keys of `<<` are already mixed with the mapping's own.
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        lines: dict[tuple[str, str], int] = {}
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode) or key.tag == "tag:yaml.org,2002:merge":
+                continue
+            line = key.start_mark.line + 1
+            if (first := lines.get((key.tag, key.value))) is not None:
+                where = f"in line {line}" if first == line else f"in lines {first} and {line}"
+                raise _RepeatedKeyError(f"key {key.value!r} is given twice, {where}; keep one")
+            lines[key.tag, key.value] = line
+        return node
+
+
+def _parse_yaml(text: str) -> Any:
+    return yaml.load(text, _Loader)
 
 
 def dump_config(config: RunConfig) -> str:
@@ -173,7 +215,9 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     if not separator or not dotted:
         raise ConfigError(f"override {override!r}: the form is key.path=value, for example learner.learning_rate=1e-4")
     try:
-        value = yaml.safe_load(text)
+        value = _parse_yaml(text)
+    except _RepeatedKeyError as error:
+        raise ConfigError(f"override {override!r}: {error}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"override {override!r}: the value is not YAML: {error}") from None
     keys = dotted.split(".")
@@ -199,6 +243,13 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
             raise ConfigError(f"override {override!r}: {'.'.join(keys[:depth])} is {node!r}, it has no keys")
 
 
+NEEDED = dict.fromkeys(("model_type", "model_attributes_type", "dict_type"), "a mapping of keys is needed")
+NEEDED |= dict.fromkeys(("tuple_type", "list_type"), "a list is needed")
+NEEDED |= {"too_short": "a list of at least {min_length} is needed", "path_type": "a path is needed"}
+NEEDED |= dict.fromkeys(("int_type", "float_type"), "a number is needed")
+"""In place of messages of pydantic that speak of Python's types and our classes."""
+
+
 def explain(error: ValidationError, data: Any) -> str:
     """One line per mistake: key, what was seen, what is allowed."""
     lines = []
@@ -210,7 +261,7 @@ def explain(error: ValidationError, data: Any) -> str:
             continue  # what pydantic says of a list whose item is wrong only repeats that
         key = ".".join(str(part) for part in _keys(item, data)) or "the configuration"
         if item["type"] == "extra_forbidden":
-            lines.append(f"{key}: unknown key{_nearest(item['loc'], data)}")
+            lines.append(f"{key}: {_unknown_key(item['loc'])}")
         elif item["type"] == "missing":
             lines.append(f"{key}: missing, must be given")
         elif item["type"] in ("union_tag_not_found", "union_tag_invalid"):
@@ -218,8 +269,14 @@ def explain(error: ValidationError, data: Any) -> str:
         elif item["type"] == "value_error":
             lines.append(f"{key}: {item['msg'].removeprefix('Value error, ')}")
         else:
-            lines.append(f"{key}: seen {item['input']!r}; {item['msg'][0].lower()}{item['msg'][1:]}")
+            lines.append(f"{key}: seen {item['input']!r}; {_needed(item)}")
     return "; ".join(lines) if len(lines) == 1 else "\n  " + "\n  ".join(lines)
+
+
+def _needed(item: ErrorDetails) -> str:
+    if item["type"] in NEEDED:
+        return NEEDED[item["type"]].format(**item.get("ctx", {}))
+    return item["msg"][0].lower() + item["msg"][1:]
 
 
 def _which_name(item: ErrorDetails) -> str:
@@ -243,17 +300,22 @@ def _keys(item: ErrorDetails, data: Any) -> list[int | str]:
     return [*keys, item["loc"][-1]] if item["type"] == "missing" else keys
 
 
-def _nearest(location: tuple[int | str, ...], data: Any) -> str:
-    """The names that may stand where an unknown key stands, nearest first."""
-    allowed = sorted({name for _, model in _models_at(location[:-1]) for name in model.model_fields})
-    wrong = str(location[-1])
-    close = difflib.get_close_matches(wrong, allowed, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; allowed: {', '.join(sorted(allowed))}" if allowed else ""
+def _unknown_key(location: tuple[int | str, ...]) -> str:
+    """What is wrong with a key that a section does not have: the nearest that it has, else all of them."""
+    *place, wrong = location
+    allowed = sorted({name for _, model in _models_at(place) for name in model.model_fields})
+    alternatives = dict(_models_at(place[:-1]))
+    kind = place[-1] if place and place[-1] in alternatives else None
+    if kind not in (None, "custom") and any(wrong in model.model_fields for model in alternatives.values()):
+        return f"{kind!r} has no {wrong}; allowed: {', '.join(allowed)}"
+    if close := difflib.get_close_matches(str(wrong), allowed, n=1):
+        return f"unknown key; did you mean {close[0]!r}?"
+    whose = "a custom class's own keys" if kind == "custom" else "keys of what `name` names"
+    hint = f"; {whose} go under args" if "args" in allowed else ""
+    return f"unknown key; allowed: {', '.join(allowed)}{hint}" if allowed else "unknown key"
 
 
-def _models_at(location: tuple[int | str, ...]) -> list[tuple[str | None, type[Section]]]:
+def _models_at(location: Sequence[int | str]) -> list[tuple[str | None, type[Section]]]:
     """The sections that may stand at a location, each with its tag where it is one of several."""
     models: list[tuple[str | None, type[Section]]] = [(None, RunConfig)]
     for part in location:

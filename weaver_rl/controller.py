@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from weaver_rl.advantages import Reinforce
-from weaver_rl.batch import ScoredGroup, StepBatch, build_batch, sequence_datum
+from weaver_rl.batch import ScoredGroup, StepBatch, build_batch, require_fresh, sequence_datum
 from weaver_rl.checkpoints import Checkpoints, load_controller_state, save_controller_state
 from weaver_rl.config import RunConfig
 from weaver_rl.errors import CheckpointError
@@ -90,6 +90,8 @@ class Controller:
         self._state = RunState()
         self._records: list[RecordedRollout] = []
         self._writing: asyncio.Task[Path] | None = None
+        self._prompts_dropped_before = 0
+        """By the processes that this one resumed from; the source of prompts counts anew."""
         self._clock = StageClock()
         self._warm_steps = config.warm_start.num_steps if config.warm_start else 0
         self._last_step = self._warm_steps + config.num_steps
@@ -121,6 +123,11 @@ class Controller:
                 await self._train_step()
         self._view.waiting("the learner to write the final policy")
         await self._crew.learner.save_hf(self._folder.policy)
+        if not (self._folder.policy / "config.json").is_file():
+            raise CheckpointError(
+                f"the learner wrote the policy to {self._folder.policy}, and it is not there: learner and this process "
+                "see different file systems; give a run_dir that both see and --resume"
+            )
         return self._summary()
 
     # -- steps ---------------------------------------------------------------------------------------------------
@@ -138,13 +145,19 @@ class Controller:
         with clock.stage("learn"):
             learned = await self._crew.learner.forward_backward(data, CrossEntropy(name="cross_entropy"))
             update = await self._crew.learner.optim_step(warm.adam_params_at(state.step, self._config.learner))
-        self._state = replace(state, step=state.step + 1, position=first + len(pairs))
+        self._state = replace(
+            state,
+            step=state.step + 1,
+            position=first + len(pairs),
+            prompts_dropped=self._prompts_dropped_before + self._crew.prompts.num_dropped,
+        )
         metrics = {
             "loss": learned.loss,
             "loss/sum_weights": learned.sum_weights,
             "grad_norm": update.grad_norm,
             "learning_rate": update.learning_rate,
             "learner/num_tokens": learned.num_tokens,
+            "learner/num_microbatches": learned.metrics["num_microbatches"],
             "learner/tokens_per_s": learned.num_tokens / clock.seconds("learn"),
             "weights/version": self._state.step,
         }
@@ -153,11 +166,14 @@ class Controller:
             metrics |= await self._sync_weights()
             metrics |= await self._evaluate()
         metrics["tokens_per_s"] = learned.num_tokens / clock.elapsed()
-        await self._finish_step("warm_start", metrics, checkpoint=is_last)
+        every = self._config.checkpoint.every
+        due = every > 0 and self._state.step % every == 0
+        await self._finish_step("warm_start", metrics, checkpoint=is_last or due)
 
     async def _train_step(self) -> None:
         state = self._state
         groups = await self._roll_out(state)
+        require_fresh(groups, state.step, self._config.rollout.max_lag)
         batch = build_batch(groups, self._config.advantage, state.baseline or 0.0)
         self._records.extend(train_records(batch, state.step + 1, None))
         check_missing([e.scored for e in batch.entries], self._config.reward_workers.max_missing_fraction)
@@ -166,6 +182,7 @@ class Controller:
             state,
             step=state.step + 1,
             position=state.position + len(groups),
+            prompts_dropped=self._prompts_dropped_before + self._crew.prompts.num_dropped,
             baseline=self._next_baseline(batch),
             sampled_tokens=state.sampled_tokens
             + sum(len(e.scored.rollout.completion.token_ids_L) for e in batch.entries),
@@ -173,6 +190,7 @@ class Controller:
         metrics = step_metrics(batch, state.step) | learned_metrics | await self._sync_weights()
         if self._is_due(self._config.eval.every):
             metrics |= await self._evaluate()
+        metrics["data/prompts_dropped"] = self._state.prompts_dropped
         elapsed = self._clock.elapsed()
         self._state = replace(self._state, train_seconds=self._state.train_seconds + elapsed)
         metrics["tokens_per_s"] = metrics["sampler/num_tokens"] / elapsed
@@ -260,10 +278,11 @@ class Controller:
             "grad_norm": update.grad_norm,
             "learning_rate": update.learning_rate,
             "learner/num_tokens": learned.num_tokens,
+            "learner/num_microbatches": learned.metrics["num_microbatches"],
             "learner/tokens_per_s": learned.num_tokens / self._clock.seconds("learn"),
             "weights/version": state.step + 1,
         }
-        metrics |= gap_metrics(gap) | learn_input.importance_metrics(config.loss)
+        metrics |= gap_metrics(gap) | learn_input.importance_metrics(config.loss, config.correction)
         return metrics
 
     async def _sync_weights(self) -> dict[str, float]:
@@ -320,6 +339,8 @@ class Controller:
                 f"{self._folder.checkpoints} holds no usable checkpoint to resume from; start again with --overwrite"
             )
         self._state = RunState.from_json(load_controller_state(directory))
+        # Nothing was asked of the prompts yet: what they count now, they counted at the start of the first process too.
+        self._prompts_dropped_before = self._state.prompts_dropped - self._crew.prompts.num_dropped
         await self._crew.learner.load_state(directory)
         self._checkpoints.truncate_after(self._state.step)
         self._metrics.truncate_after(self._state.step)

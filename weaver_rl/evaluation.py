@@ -17,6 +17,7 @@ class EvalConfig(Section):
     every: int = Field(default=20, ge=0)
     """Steps between evaluations; 0: only before the first and after the last step."""
     num_prompts: int = Field(default=200, ge=1)
+    """Held-out prompts of an evaluation, the same ones every time."""
     reward: str | None = None
     """Label of the reward that decides; null: the first one."""
     success_at: float = 1.0

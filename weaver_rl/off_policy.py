@@ -75,7 +75,9 @@ class LearnInput:
         sampler = np.concatenate([entry.scored.rollout.completion.logprobs_L for entry in self.entries])
         return logprob_gap(np.concatenate(self.learner_logprobs), sampler)
 
-    def importance_metrics(self, loss: CrossEntropy | ImportanceSampling) -> dict[str, float]:
+    def importance_metrics(
+        self, loss: CrossEntropy | ImportanceSampling, correction: NoCorrection | Tis
+    ) -> dict[str, float]:
         """Figures about the weights that went into the loss."""
         weights_T = np.concatenate(self.importance_weights)
         clip = loss.clip_ratio if isinstance(loss, ImportanceSampling) else None
@@ -84,9 +86,11 @@ class LearnInput:
             "importance_weights/abs_mean": mean(np.abs(weights_T)),
             "importance_weights/clipped_fraction": mean(np.abs(weights_T) > clip) if clip else 0.0,
         }
-        if self.corrections is not None:
+        if self.corrections is not None and isinstance(correction, Tis):
             corrections_T = np.concatenate(self.corrections)
             metrics["correction/mean"] = mean(corrections_T)
+            # A capped factor is the cap up to the rounding of exp(log(cap)) to float32.
+            metrics["correction/capped_fraction"] = mean(np.isclose(corrections_T, correction.cap, rtol=1e-6, atol=0))
         return metrics
 
 

@@ -21,25 +21,28 @@ class ClusterConfig(Section):
 
     address: str | None = None
     """Address of a running Ray cluster; null: `RAY_ADDRESS` if set, else a cluster of this machine for this run."""
-    placement: Literal["split", "colocated"] = "split"
-    """`split`: samplers and learner ranks on GPUs of their own. `colocated`: one of each share one GPU."""
+    placement: Literal["auto", "split", "colocated"] = "auto"
+    """`split`: samplers and learner ranks on GPUs of their own. `colocated`: one of each share one GPU. `auto`:
+    colocated where the cluster has a single GPU and the run one of each, else split."""
     start_timeout_s: float = Field(default=30.0, gt=0)
     """Resources that are not granted by then are an error that prints asked and available."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """Resource bundles, each on one node: one per learner rank, then one per sampler (none when colocated)."""
+    """Resource bundles, each on one node: one per learner rank, then one per sampler; a single one when colocated."""
 
     bundles: tuple[dict[str, float], ...]
     learner_bundles: tuple[int, ...]
     """Bundle of each learner rank."""
     sampler_bundles: tuple[int, ...]
-    """First bundle of each sampler; with tensor parallelism on GPUs its workers take that many from there."""
+    """Bundle of each sampler."""
     sampler_gpus: float
-    """GPUs of one sampler worker."""
+    """GPUs of one sampler, all its tensor-parallel workers together."""
     learner_gpus: float
     """GPUs of one learner rank."""
+    colocated: bool = False
+    """Learner and sampler share their GPU."""
 
     def total(self) -> dict[str, float]:
         """Everything asked for, by resource."""
@@ -53,12 +56,14 @@ def plan_placement(
     """Lays the actors out over bundles.
 
     Raises:
-        ResourcesError: colocated without GPUs, or with unequal numbers of samplers and learner ranks.
+        ResourcesError: colocated without GPUs, with more than one of each, or with GPUs per actor given.
     """
     on_gpu = cluster_gpus > 0
     learner_gpus = (1.0 if on_gpu else 0.0) if learner.num_gpus is None else learner.num_gpus
     sampler_gpus = (float(sampler.tensor_parallel) if on_gpu else 0.0) if sampler.num_gpus is None else sampler.num_gpus
-    if cluster.placement == "colocated":
+    one_each = (sampler.num_replicas, learner.num_ranks, sampler.tensor_parallel) == (1, 1, 1)
+    one_gpu = 0 < cluster_gpus < 2 and learner.num_gpus is None and sampler.num_gpus is None
+    if cluster.placement == "colocated" or (cluster.placement == "auto" and one_each and one_gpu):
         return _colocated(learner, sampler, learner_gpus)
     learner_bundle = _bundle(learner.num_cpus, learner_gpus)
     sampler_bundle = _bundle(sampler.num_cpus, sampler_gpus)
@@ -83,12 +88,18 @@ def _colocated(learner: LearnerConfig, sampler: SamplerConfig, learner_gpus: flo
             f"{sampler.num_replicas}, learner.num_ranks {learner.num_ranks}, sampler.tensor_parallel "
             f"{sampler.tensor_parallel}. Make all of them 1, or use split."
         )
+    if learner.num_gpus is not None or sampler.num_gpus is not None:
+        raise ResourcesError(
+            f"colocated gives each half of one GPU; seen learner.num_gpus {learner.num_gpus}, sampler.num_gpus "
+            f"{sampler.num_gpus}. Leave both out, or use split."
+        )
     return Placement(
         bundles=(_bundle(learner.num_cpus + sampler.num_cpus, 1.0),),
         learner_bundles=(0,),
         sampler_bundles=(0,),
         sampler_gpus=0.5,
         learner_gpus=0.5,
+        colocated=True,
     )
 
 
@@ -122,7 +133,7 @@ def shortage(placement: Placement, available: Mapping[str, float]) -> str:
     return (
         f"the cluster cannot place this run ({rows}; {len(placement.learner_bundles)} learner rank(s), "
         f"{len(placement.sampler_bundles)} sampler(s)). Lower learner.num_ranks, learner.num_cpus, "
-        f"sampler.num_replicas or sampler.num_cpus, or free or add nodes."
+        f"sampler.num_replicas or sampler.num_cpus, share a GPU with cluster.placement colocated, or add nodes."
     )
 
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from weaver_rl.batch import ScoredGroup, StepBatch
+import numpy as np
+
+from weaver_rl.batch import BatchEntry, ScoredGroup, StepBatch
 from weaver_rl.off_policy import LearnInput
 from weaver_rl.rollout_files import RecordedRollout
+from weaver_rl.types import Float32Array
 
 
 def train_records(batch: StepBatch, step: int, learn_input: LearnInput | None) -> list[RecordedRollout]:
@@ -24,12 +27,19 @@ def train_records(batch: StepBatch, step: int, learn_input: LearnInput | None) -
                 sampler=entry.sampler,
                 group_id=entry.datum_id.rpartition("-")[0],
                 advantage=entry.advantage,
-                importance_weights_L=None if index is None else weights[index],
+                importance_weights_L=_weights(entry, None if index is None else weights[index]),
                 learner_logprobs_L=None if index is None else logprobs[index],
                 dropped=entry.dropped,
             )
         )
     return records
+
+
+def _weights(entry: BatchEntry, given: Float32Array | None) -> Float32Array | None:
+    """What the loss multiplied by; 0 for a rollout that was left out of the forward because its advantage is 0."""
+    if given is None and entry.advantage == 0:
+        return np.zeros(len(entry.scored.rollout.completion.token_ids_L), dtype=np.float32)
+    return given
 
 
 def eval_records(groups: Sequence[ScoredGroup], step: int) -> list[RecordedRollout]:

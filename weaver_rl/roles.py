@@ -61,7 +61,10 @@ class LearnerGroup(Protocol):
     async def forward_backward(
         self, data: Sequence[Datum], loss: LossConfig, temperature: float = 1.0, sum_weights: float | None = None
     ) -> ForwardBackwardOutput:
-        """Accumulates gradients. `sum_weights` normalises; None: the sum of the data's weights."""
+        """Accumulates gradients. `sum_weights` normalises; None: the sum of the data's weights.
+
+        The answer's `metrics` have `num_microbatches`: how many each rank ran.
+        """
         ...
 
     async def optim_step(self, params: AdamParams) -> OptimStepOutput: ...
@@ -81,6 +84,11 @@ class LearnerGroup(Protocol):
 
 class PromptSource(Protocol):
     """The task's prompts, addressed by position, so that a run resumes from an integer."""
+
+    @property
+    def num_dropped(self) -> int:
+        """Training prompts left out so far because they were too long, demonstrations included."""
+        ...
 
     def prompt(self, index: int) -> Prompt:
         """The prompt at a position of the training stream: the same in every process and every run with the seed."""

@@ -13,11 +13,13 @@ class SamplingConfig(Section):
     """How completions are drawn; names and meanings are vLLM's."""
 
     temperature: float = Field(default=1.0, ge=0.0, le=2.0)
-    """0 is greedy."""
+    """Logits are divided by it (no unit); 0 is greedy."""
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Draw only from the likeliest tokens whose probabilities add up to this; 1 keeps the whole vocabulary."""
     top_k: int = Field(default=0, ge=0)
-    """0 keeps the whole vocabulary."""
+    """Draw only from this many of the likeliest tokens; 0 keeps the whole vocabulary."""
     min_p: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Draw only tokens at least this fraction as probable as the likeliest; 0 keeps the whole vocabulary."""
     max_tokens: int = Field(default=256, ge=1)
     """Tokens of a completion at most, the end token included."""
 
@@ -36,8 +38,9 @@ class RolloutConfig(Section):
     max_lag: int = Field(default=0, ge=0, le=0)
     """Versions a trained token may be behind the learner. 0 is synchronous, the only mode so far."""
     sampling: SamplingConfig = SamplingConfig()
+    """How completions are drawn."""
     timeout_s: float = Field(default=1800.0, gt=0)
-    """A step's sampling that takes longer than this stops the run, naming the sampler."""
+    """Seconds; a step's sampling that takes longer stops the run, naming the sampler."""
 
 
 def completion_seed(run_seed: int, prompt_id: str, step: int, sample_index: int) -> int:

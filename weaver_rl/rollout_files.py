@@ -137,11 +137,6 @@ def read_rollouts(run_dir: Path, steps: Iterable[int] | None = None) -> Iterator
             raise UserError(f"{path} is no file of rollouts: {error}") from error
 
 
-def read_scored(run_dir: Path) -> Iterator[ScoredRollout]:
-    """The scored rollouts of a run in order: what a reward function is tried on."""
-    return (record.scored for record in read_rollouts(run_dir))
-
-
 def truncate_after(run_dir: Path, step: int) -> None:
     """Removes the files of later steps, and what a killed write left: a resumed run writes those steps again."""
     folder = RunFolder(run_dir).rollouts

@@ -20,6 +20,8 @@ class RunState:
     """Optimizer updates done, over all phases; also the version of the weights."""
     position: int = 0
     """Prompts taken from the training stream."""
+    prompts_dropped: int = 0
+    """Training prompts left out so far because they were too long."""
     baseline: float | None = None
     """Running baseline of `reinforce`."""
     accuracies: dict[str, float] = field(default_factory=dict)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from types import TracebackType
 from typing import Protocol, Self
@@ -47,6 +49,31 @@ class LiveView(Protocol):
 def make_view(console: Console, title: str = "weaver-rl") -> LiveView:
     """The live panel when the console is a terminal, else log lines."""
     return LivePanel(console, title) if console.is_terminal else LogLines(console)
+
+
+@contextlib.contextmanager
+def notes(view: LiveView) -> Iterator[None]:
+    """While inside, the library's warnings are notes of the view: written past a panel they would tear it."""
+    logger = logging.getLogger("weaver_rl")
+    handler, propagate = _NoteHandler(view), logger.propagate
+    logger.addHandler(handler)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.propagate = propagate
+        logger.removeHandler(handler)
+
+
+class _NoteHandler(logging.Handler):
+    """Gives log records to a view."""
+
+    def __init__(self, view: LiveView) -> None:
+        super().__init__(logging.WARNING)
+        self._view = view
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._view.note(self.format(record))
 
 
 class LivePanel:

@@ -19,7 +19,6 @@ Int32Array = npt.NDArray[np.int32]
 Float32Array = npt.NDArray[np.float32]
 
 StopReason = Literal["stop", "length", "abort"]
-LossName = Literal["cross_entropy", "importance_sampling"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

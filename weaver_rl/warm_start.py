@@ -18,8 +18,11 @@ class WarmStartConfig(Section):
     task: TaskConfig | None = None
     """Where the demonstrations come from; null: the run's own task. Held-out prompts are refused either way."""
     loss: Literal["cross_entropy"] = "cross_entropy"
+    """What is minimised; the only choice so far."""
     num_steps: int = Field(ge=1)
+    """Supervised steps; the first step of reinforcement learning comes after them."""
     prompts_per_step: int = Field(default=64, ge=1)
+    """Prompts in the batch of one supervised step, each with its answer."""
     learning_rate: float = Field(default=1e-3, gt=0)
     """Peak learning rate."""
     schedule: ScheduleConfig = ScheduleConfig(warmup_steps=10)

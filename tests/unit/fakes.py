@@ -101,7 +101,10 @@ def make_scored(
 
 
 class FakePrompts:
-    """An endless stream of two-token prompts."""
+    """An endless stream of two-token prompts, none of which is too long."""
+
+    def __init__(self) -> None:
+        self.num_dropped = 0
 
     def prompt(self, index: int) -> Prompt:
         return Prompt(prompt_id=f"train-{index}", text=f"problem {index}", token_ids_P=(1, 2 + index % 7))
@@ -114,6 +117,14 @@ class FakePrompts:
 
     def decode(self, token_ids: Sequence[int]) -> str:
         return " ".join(str(token) for token in token_ids if token != EOS)
+
+
+class FakeLongPrompts(FakePrompts):
+    """Before every third position one prompt was too long."""
+
+    def prompt(self, index: int) -> Prompt:
+        self.num_dropped += index % 3 == 0
+        return super().prompt(index)
 
 
 @dataclass
@@ -162,6 +173,7 @@ class FakeLearner:
             num_tokens=sum(len(d.token_ids_N) for d in data),
             sum_weights=sum_weights,
             logprobs_per_datum=logprobs,
+            metrics={"num_microbatches": 1.0},
         )
 
     async def optim_step(self, params: AdamParams) -> OptimStepOutput:
@@ -192,6 +204,7 @@ class FakeLearner:
         self.calls.append(("save_hf",))
         directory.mkdir(exist_ok=True)
         (directory / "theta.json").write_text(json.dumps(self.theta))
+        (directory / "config.json").write_text("{}")
 
 
 @dataclass

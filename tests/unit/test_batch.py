@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weaver_rl.advantages import Grpo, MeanCentered, Reinforce
-from weaver_rl.batch import ScoredGroup, build_batch, completion_part, sequence_datum
+from weaver_rl.batch import ScoredGroup, build_batch, completion_part, require_fresh, sequence_datum
+from weaver_rl.errors import WeightSyncError
 
 pytestmark = pytest.mark.unit
 
@@ -94,3 +95,13 @@ def test_a_group_of_equal_rewards_has_no_signal(reward):
 def test_completion_rejects_arrays_of_different_length():
     with pytest.raises(ValueError, match=r"seen \[1, 2\]"):
         make_completion((5, 6), logprobs=[-1.0])
+
+
+def test_a_token_of_a_version_out_of_reach_is_refused_and_its_sampler_named():
+    scored = make_scored("g-000", 1.0, completion=make_completion(version=3))
+    group = ScoredGroup(group_id="g", sampler="sampler 1", scored_G=(scored,))
+    require_fresh([group], version=3, max_lag=0)
+    require_fresh([group], version=4, max_lag=1)
+    for version, max_lag in ((4, 0), (2, 0), (5, 1)):
+        with pytest.raises(WeightSyncError, match=r"sampler 1 .* v3 to v3"):
+            require_fresh([group], version=version, max_lag=max_lag)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,8 @@ import yaml
 from weaver_rl.advantages import Grpo
 from weaver_rl.config import RunConfig, dump_config, load_config
 from weaver_rl.errors import ConfigError
+from weaver_rl.learner.config import ScheduleConfig
+from weaver_rl.section import Section
 
 pytestmark = pytest.mark.unit
 
@@ -179,10 +182,30 @@ def test_an_unknown_key_names_the_nearest(tmp_path: Path, changes: dict[str, Any
 
 def test_a_key_of_another_alternative_is_not_offered(tmp_path: Path):
     text = refusal(tmp_path, advantage={"name": "mean_centered", "eps": 1})
-    assert text.endswith("advantage.eps: unknown key; allowed: name")
+    assert text.endswith("advantage.eps: 'mean_centered' has no eps; allowed: name")
     text = refusal(tmp_path, task={"name": "my_tasks:Sums", "dataset": "x"})
     assert "task.dataset: unknown key; allowed: answer_template, args, " in text
     assert "eval_fraction" not in text
+    text = refusal(tmp_path, "correction.cap=null", correction={"name": "none"})
+    assert text.endswith("correction.cap: 'none' has no cap; allowed: name")
+
+
+def test_another_loss_over_a_file_that_sets_a_key_of_the_old_one(tmp_path: Path):
+    text = refusal(tmp_path, "loss.name=cross_entropy", loss={"name": "importance_sampling", "clip_ratio": 5})
+    assert text.endswith("loss.clip_ratio: 'cross_entropy' has no clip_ratio; allowed: name")
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"task": {"name": "my_tasks:Sums", "eror_rate": 0.1}}, "a custom class's own keys go under args"),
+        ({"rewards": [{"name": "length_penalty", "soft": 3}]}, "keys of what `name` names go under args"),
+    ],
+)
+def test_keys_that_belong_under_args(tmp_path: Path, changes: dict[str, Any], words: str):
+    text = refusal(tmp_path, **changes)
+    assert text.endswith(words)
+    assert "did you mean" not in text
 
 
 @pytest.mark.parametrize(
@@ -196,6 +219,8 @@ def test_a_key_of_another_alternative_is_not_offered(tmp_path: Path):
         ({"loss": {"name": "ppo"}}, "loss.name: seen 'ppo'; allowed: cross_entropy, importance_sampling"),
         ({"rewards": [{"name": "tsk"}]}, "did you mean 'task'?"),
         ({"task": {"name": "reasonin_gym"}}, "did you mean 'reasoning_gym'?"),
+        ({"model": {"name": None}}, "model: model needs a name: scratch, "),
+        ({"model": {}}, "model: model needs a name: scratch, "),
     ],
 )
 def test_an_unknown_name_names_what_is_allowed(tmp_path: Path, changes: dict[str, Any], words: str):
@@ -213,8 +238,15 @@ def test_an_unknown_name_names_what_is_allowed(tmp_path: Path, changes: dict[str
         ({"loss": {"name": "importance_sampling", "clip_ratio": 0}}, "loss.clip_ratio:", "seen 0", "greater than 0"),
         ({"rollout": {"sampling": {"top_p": 1.5}}}, "rollout.sampling.top_p:", "seen 1.5", "less than or equal to 1"),
         ({"rollout": {"max_lag": 2}}, "rollout.max_lag:", "seen 2", "less than or equal to 0"),
-        ({"rollout": 3}, "rollout:", "seen 3", "dictionary"),
-        ({"model": "scratch"}, "model:", "seen 'scratch'", "dictionary"),
+        ({"rollout": 3}, "rollout:", "seen 3", "a mapping of keys is needed"),
+        ({"model": "foo"}, "model:", "seen 'foo'", "a mapping of keys is needed"),
+        ({"loss": None}, "loss:", "seen None", "a mapping of keys is needed"),
+        ({"sampler": {"engine_args": 3}}, "sampler.engine_args:", "seen 3", "a mapping of keys is needed"),
+        ({"rewards": "foo"}, "rewards:", "seen 'foo'", "a list is needed"),
+        ({"run_dir": 3}, "run_dir:", "seen 3", "a path is needed"),
+        ({"num_steps": True}, "num_steps:", "seen True", "a number is needed"),
+        ({"learner": {"learning_rate": True}}, "learner.learning_rate:", "seen True", "a number is needed"),
+        ({"sampler": {"num_gpus": True}}, "sampler.num_gpus:", "seen True", "a number is needed"),
         ({"learner": {"schedule": {"name": "cosin"}}}, "learner.schedule.name:", "seen 'cosin'", "'cosine'"),
         ({"learner": {"learning_rate": float("nan")}}, "learner.learning_rate:", "seen nan", "finite"),
         ({"rewards": []}, "rewards:", "seen []", "at least 1"),
@@ -226,6 +258,22 @@ def test_a_wrong_value_shows_key_seen_and_allowed(tmp_path: Path, changes: Any, 
     text = refusal(tmp_path, **changes)
     assert f": {key} {seen}; " in text
     assert allowed in text
+    assert not re.search(r"class|dictionary|tuple|Config|Model", text)
+
+
+def test_no_is_no_number_but_1e_4_and_a_real_switch_are_as_they_read(tmp_path: Path):
+    with pytest.raises(ConfigError, match=r"eval\.every: seen False; a number is needed"):
+        load_config(write(tmp_path), ["eval.every=no"])
+    switches = ["learner.learning_rate=1e-4", "learner.activation_checkpointing=yes", "model.tie_embeddings=true"]
+    config = load_config(write(tmp_path), [*switches, "rewards.0.args={flag: true}"])
+    assert config.learner.learning_rate == 1e-4
+    assert config.learner.activation_checkpointing is True
+    assert config.rewards[0].args == {"flag": True}
+
+    class Either(Section):
+        limit: float | bool | None = None
+
+    assert Either(limit=True).limit is True
 
 
 def test_errors_of_a_section_name_the_section_not_its_kind(tmp_path: Path):
@@ -263,7 +311,7 @@ def test_several_mistakes_are_all_told(tmp_path: Path):
             {"sampler": {"tensor_parallel": 2}, "weights": {"transport": "object_store"}},
             ["transport is object_store", "tensor_parallel 2"],
         ),
-        ({"rewards": [{"name": "task"}, {"name": "task"}]}, ["['task'] named more than once", "label"]),
+        ({"rewards": [{"name": "task"}, {"name": "task"}]}, ["rewards 0 and 1 are both recorded as 'task'", "label"]),
         ({"eval": {"reward": "tusk"}}, ["eval.reward is 'tusk'", "['task', 'length_penalty']"]),
         ({"sampler": {"engine_args": {"model": "x"}}}, ["sampler.engine_args", "'model'", "model.name"]),
     ],
@@ -297,6 +345,24 @@ def test_what_only_looks_like_a_contradiction_loads(tmp_path: Path, changes: dic
 def test_a_file_that_is_no_configuration(tmp_path: Path, text: str, words: str):
     with pytest.raises(ConfigError, match=words):
         load_config(write(tmp_path, text=text))
+
+
+def test_a_key_given_twice_is_named(tmp_path: Path):
+    text = yaml.safe_dump(SMALL) + "learner:\n  num_ranks: 1\n  num_cpus: 1\n  num_ranks: 2\n"
+    with pytest.raises(ConfigError, match=r"run\.yaml: key 'num_ranks' is given twice, in lines \d+ and \d+; keep one"):
+        load_config(write(tmp_path, text=text))
+    with pytest.raises(ConfigError, match=r"override .*: key 'num_cpus' is given twice, in line 1; keep one"):
+        load_config(write(tmp_path), ["learner={num_cpus: 1, num_cpus: 2}"])
+
+
+def test_anchors_and_merge_keys_are_no_repetition(tmp_path: Path):
+    warm_start = "warm_start: {num_steps: 1, schedule: &s {name: linear, warmup_steps: 3}}\n"
+    learner = "learner:\n  schedule:\n    <<: *s\n    <<: {min_ratio: 0.5}\n    warmup_steps: 4\n"
+    text = yaml.safe_dump(SMALL) + warm_start + learner
+    config = load_config(write(tmp_path, text=text))
+    assert config.learner.schedule == ScheduleConfig(name="linear", warmup_steps=4, min_ratio=0.5)
+    assert config.warm_start is not None
+    assert config.warm_start.schedule.warmup_steps == 3
 
 
 def test_files_that_cannot_be_read(tmp_path: Path):

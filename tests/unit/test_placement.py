@@ -89,7 +89,16 @@ def test_too_few_resources_print_asked_and_available():
 
 def test_a_resource_the_cluster_does_not_know_is_available_zero_times():
     with pytest.raises(ResourcesError, match="GPU: asked 2, available 0"):
-        check_fits(plan(gpus=1), {"CPU": 4.0}, [{"CPU": 4.0}])
+        check_fits(plan(gpus=2), {"CPU": 4.0}, [{"CPU": 4.0}])
+
+
+def test_a_single_gpu_is_shared_unless_the_run_says_otherwise():
+    assert plan(gpus=1).total()["GPU"] == 1.0
+    assert plan(gpus=1).colocated
+    assert not plan(gpus=2).colocated
+    assert not plan(gpus=1, sampler={"num_replicas": 2}).colocated
+    assert not plan(gpus=1, learner={"num_gpus": 0.25}).colocated
+    assert not plan(gpus=0).colocated
 
 
 def test_an_actor_larger_than_every_node_is_named():

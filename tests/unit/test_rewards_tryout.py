@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from io import StringIO
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from rich.console import Console
@@ -12,7 +13,7 @@ from rich.console import Console
 from weaver_rl.errors import RewardError
 from weaver_rl.rewards.config import RewardSpec, RewardWorkersConfig
 from weaver_rl.rewards.tryout import load_rollouts, try_reward
-from weaver_rl.rollout_files import RecordedRollout, write_rollouts
+from weaver_rl.rollout_files import RecordedRollout, rollouts_file, write_rollouts
 from weaver_rl.types import ScoredRollout
 
 pytestmark = pytest.mark.unit
@@ -108,3 +109,27 @@ def test_a_run_folder_is_read_and_what_is_missing_is_named(tmp_path: Path) -> No
     assert [rollout.text for rollout in load_rollouts(run_dir, limit=1)] == ["b"]
     with pytest.raises(RewardError, match=r"no run folder or JSONL file at .*nowhere"):
         load_rollouts(tmp_path / "nowhere")
+
+
+def test_of_a_run_the_newest_training_rollouts_are_tried(tmp_path: Path) -> None:
+    def write(step: int, **texts: Literal["train", "eval"]) -> None:
+        path = write_jsonl(tmp_path, *({"prompt": "?", "completion": text} for text in texts))
+        scored = [ScoredRollout(rollout=rollout, components=(), reward=1.0) for rollout in load_rollouts(path)]
+        records = zip(scored, texts.values(), strict=True)
+        write_rollouts(run_dir, step, (RecordedRollout(scored=s, step=step, sampler="s", phase=p) for s, p in records))
+
+    def texts(limit: int | None = None) -> list[str]:
+        return [rollout.text for rollout in load_rollouts(run_dir, limit)]
+
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    with pytest.raises(RewardError, match=r"/run has no rollouts"):
+        load_rollouts(run_dir)
+    write(1, held_out="eval")
+    assert texts() == ["held_out"]
+    write(2, a="train", b="train")
+    write(3, c="train", also_held_out="eval", d="train")
+    write(4, held_out_last="eval")
+    assert texts() == ["c", "d", "a", "b"]
+    rollouts_file(run_dir, 2).write_bytes(b"damaged, and not needed")
+    assert texts(limit=2) == ["c", "d"]

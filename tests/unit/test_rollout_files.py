@@ -14,7 +14,6 @@ from weaver_rl.errors import UserError, WeaverRLError
 from weaver_rl.rollout_files import (
     RecordedRollout,
     read_rollouts,
-    read_scored,
     recorded_steps,
     rollouts_file,
     truncate_after,
@@ -131,7 +130,7 @@ def test_steps_are_read_in_order_and_can_be_chosen(tmp_path):
     for step in (10, 2, 1_000_000):
         write_rollouts(tmp_path, step, [record(step, 0), record(step, 1)])
     assert [item.step for item in read_rollouts(tmp_path)] == [2, 2, 10, 10, 1_000_000, 1_000_000]
-    assert [item.rollout.rollout_id for item in read_scored(tmp_path)][:2] == ["2-0", "2-1"]
+    assert [item.scored.rollout.rollout_id for item in read_rollouts(tmp_path)][:2] == ["2-0", "2-1"]
     assert [item.step for item in read_rollouts(tmp_path, [10])] == [10, 10]
 
 

@@ -12,7 +12,13 @@ from weaver_rl.run_state import RunState
 pytestmark = pytest.mark.unit
 
 STATE = RunState(
-    step=32, position=1952, baseline=0.1 + 0.2, accuracies={"30": 1 / 3}, sampled_tokens=7, train_seconds=1.5
+    step=32,
+    position=1952,
+    prompts_dropped=3,
+    baseline=0.1 + 0.2,
+    accuracies={"30": 1 / 3},
+    sampled_tokens=7,
+    train_seconds=1.5,
 )
 
 

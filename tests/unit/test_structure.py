@@ -88,6 +88,58 @@ def test_every_config_section_says_what_it_is(path: Path):
             assert ast.get_docstring(node), f"{label(path)}: {node.name} has no docstring"
 
 
+def test_the_readme_has_no_place_left_to_fill():
+    assert "@@" not in (ROOT / "README.md").read_text()
+
+
+def sections() -> dict[str, ast.ClassDef]:
+    """Every class that is a `Section`, directly or not, by file and name."""
+    classes = {
+        f"{label(path)}:{node.name}": node
+        for path in LIBRARY
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ClassDef)
+    }
+    bases = {where: {b.id for b in node.bases if isinstance(b, ast.Name)} for where, node in classes.items()}
+    found: dict[str, ast.ClassDef] = {}
+    known = {"Section"}
+    while new := {where for where in classes.keys() - found.keys() if bases[where] & known}:
+        found |= {where: classes[where] for where in sorted(new)}
+        known |= {classes[where].name for where in new}
+    return found
+
+
+def undocumented_fields(section: ast.ClassDef) -> list[str]:
+    """Fields without a docstring beneath them, but for the `name` that can only be one thing."""
+    found = []
+    for node, after in zip(section.body, [*section.body[1:], None], strict=True):
+        if not isinstance(node, ast.AnnAssign) or not isinstance(node.target, ast.Name):
+            continue
+        kind = ast.unparse(node.annotation)
+        is_tag = node.target.id == "name" and re.fullmatch(r"Literal\['\w+'\]", kind)
+        documented = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+        if not documented and not is_tag and not kind.startswith("ClassVar"):
+            found.append(node.target.id)
+    return found
+
+
+def test_the_sections_of_a_run_are_found():
+    names = {where.rpartition(":")[2] for where in sections()}
+    assert {"RunConfig", "Grpo", "JsonlTask", "ImportanceSampling", "ScratchModel", "LengthPenalty"} <= names
+
+
+def test_a_field_without_a_docstring_is_found():
+    text = "class A(Section):\n    name: Literal['a']\n    x: int = 1\n    y: int = 2\n    'Steps.'\n    z: int = 3"
+    (section,) = ast.parse(text).body
+    assert isinstance(section, ast.ClassDef)
+    assert undocumented_fields(section) == ["x", "z"]
+
+
+@pytest.mark.parametrize("where", sections())
+def test_every_config_field_says_what_it_means(where: str):
+    assert not undocumented_fields(sections()[where])
+
+
 def test_files_that_the_readme_names_exist():
     readme = ROOT / "README.md"
     if not readme.exists():

@@ -74,24 +74,45 @@ def test_or_dropped_and_counted(tmp_path, tokenizer):
     prompts = stream(task, tokenizer, config, 30)
     assert (prompts.num_dropped, prompts.num_prompts) == (2, 2)
     assert {prompts.prompt(i).text for i in range(2)} == {"short", "small"}
+    assert prompts.dropped_note() == "2 of 4 prompts have more than 30 tokens and are left out"
+    prompts.eval_prompts(0)
+    assert prompts.num_dropped == 2
     with pytest.raises(TaskError, match="all 4 prompts have more than 3 tokens"):
         stream(task, tokenizer, config, 3)
 
 
+def test_dropped_demonstrations_are_counted_and_told_too(tmp_path, tokenizer):
+    config, task = file_task(tmp_path, ["short", "x" * 40, "small"], eval_fraction=0, on_too_long="drop")
+    teacher = stream(task, tokenizer, config, 30)
+    (tmp_path / "b").mkdir()
+    other_config, other = file_task(tmp_path / "b", ["some", "other"], eval_fraction=0, on_too_long="drop")
+    prompts = PromptStream(other, tokenizer, other_config, 30, 0, teacher)  # type: ignore[arg-type]
+    assert prompts.num_dropped == 1
+    assert prompts.dropped_note() == "1 of 3 demonstrations' prompts has more than 30 tokens and is left out"
+    assert PromptStream(task, tokenizer, config, 30, 0, teacher).dropped_note() == (  # type: ignore[arg-type]
+        "1 of 3 prompts has more than 30 tokens and is left out; "
+        "1 of 3 demonstrations' prompts has more than 30 tokens and is left out"
+    )
+    assert stream(other, tokenizer, other_config, 30).dropped_note() is None
+
+
 def test_an_endless_task_replaces_what_is_too_long(tokenizer):
-    task = load_task(SUMS, Path(), 0)
+    task = load_task(SUMS, Path(), 1)
     lengths = [len(render(task.problem(i), tokenizer, SUMS, 99).token_ids_P) for i in range(60)]
     limit = sorted(lengths)[30]
-    assert max(lengths) > limit
+    assert lengths[0] > limit
     with pytest.raises(TaskError, match=r"problem train-\d+: the prompt has \d+ tokens, allowed"):
         [stream(task, tokenizer, SUMS, limit).prompt(i) for i in range(60)]
     config = SUMS.model_copy(update={"on_too_long": "drop"})
     prompts = stream(task, tokenizer, config, limit)
+    assert (prompts.num_dropped, prompts.dropped_note()) == (0, None)
     seen = [prompts.prompt(i) for i in range(60)]
     assert max(len(prompt.token_ids_P) for prompt in seen) <= limit
-    assert prompts.num_dropped >= sum(length > limit for length in lengths)
-    assert prompts.prompt(17) == seen[17]
+    dropped = prompts.num_dropped
+    assert dropped >= sum(length > limit for length in lengths)
     assert all(len(prompt.token_ids_P) <= limit for prompt in prompts.eval_prompts(40))
+    assert prompts.num_dropped == dropped  # held-out prompts are others
+    assert prompts.prompt(17) == seen[17]
     with pytest.raises(TaskError, match="problems in a row"):
         stream(task, tokenizer, config, 1)
 

@@ -1,12 +1,13 @@
 """The live view: what it shows at 80 and 120 columns, what the log lines leave out, and a terminal given back."""
 
 import io
+import logging
 import threading
 
 import pytest
 from rich.console import Console
 
-from weaver_rl.terminal import LivePanel, LogLines, make_view
+from weaver_rl.terminal import LivePanel, LogLines, make_view, notes
 from weaver_rl.terminal_panel import Progress, sparkline, stage_shares
 
 pytestmark = pytest.mark.unit
@@ -119,6 +120,27 @@ def test_the_terminal_is_given_back(error):
     assert hide in stream.getvalue()
     assert stream.getvalue().rindex(show) > stream.getvalue().rindex(hide)
     assert "[not markup]" in stream.getvalue()
+
+
+def test_warnings_of_the_library_are_notes_of_the_view_while_it_is_there(caplog):
+    log, library = logging.getLogger("weaver_rl.tasks.files"), logging.getLogger("weaver_rl")
+    view, _, stream = lines_view()
+    before = (library.handlers[:], library.propagate)
+
+    def warn_and_fail():
+        with notes(view):
+            log.warning("%d rows [dropped]", 3)
+            log.info("quiet")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        warn_and_fail()
+    assert [line.split(" ", 1)[1] for line in stream.getvalue().splitlines()] == ["3 rows [dropped]"]
+    assert not caplog.records
+    assert (library.handlers, library.propagate) == before
+    log.warning("afterwards")
+    assert [record.message for record in caplog.records] == ["afterwards"]
+    assert "afterwards" not in stream.getvalue()
 
 
 def test_without_a_terminal_there_are_plain_lines():

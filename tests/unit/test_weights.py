@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from weaver_rl.errors import WeightSyncError
 from weaver_rl.weights.config import WeightsConfig, resolve_transport
-from weaver_rl.weights.probe import compare, probe_datum, probe_token_ids
+from weaver_rl.weights.probe import ProbeAnswers, compare, is_stale, probe_datum, probe_token_ids
 from weaver_rl.weights.sync import WeightSync
 
 pytestmark = pytest.mark.unit
@@ -106,3 +106,28 @@ def test_a_sampler_that_disagrees_twice_is_named_with_both_figures():
 def test_auto_transport(on_gpu: bool, colocated: bool, expected: str):
     assert resolve_transport(WeightsConfig().transport, on_gpu=on_gpu, colocated=colocated) == expected
     assert resolve_transport("nccl", on_gpu=on_gpu, colocated=colocated) == "nccl"
+
+
+def test_a_sampler_that_stands_still_while_the_learner_moves_is_stale():
+    before = ProbeAnswers(learner=np.float32([-1.0, -2.0]), by_sampler={"sampler 0": np.float32([-1.0, -2.0])})
+    moved = np.float32([-1.0, -2.0000005])
+    stuck = ProbeAnswers(learner=moved, by_sampler={"sampler 0": np.float32([-1.0, -2.0])})
+    assert is_stale("sampler 0", before, stuck)
+    assert not is_stale("sampler 0", before, ProbeAnswers(learner=moved, by_sampler={"sampler 0": moved}))
+    assert not is_stale("sampler 0", before, before)
+    assert not is_stale("sampler 0", None, stuck)
+    assert not is_stale("sampler 1", before, stuck)
+    result = compare("sampler 0", 2, stuck.by_sampler["sampler 0"], moved, tolerance=1.0, stale=True)
+    assert not result.passed
+
+
+def test_a_sampler_that_ignores_tiny_updates_is_named_at_the_second_sync():
+    """The update is far below the tolerance: only standing still gives the sampler away."""
+    calls: Calls = []
+    learner = FakeLearner(calls=calls)
+    samplers = FakeSamplers(calls=calls, loads_ignored={("sampler-1", 1): 2})
+    sync = WeightSync(learner, samplers, probe_token_ids(12, 16), tolerance=0.5)
+    asyncio.run(sync(0))
+    learner.theta += 1e-4
+    with pytest.raises(WeightSyncError, match=r"sampler-1 .*by not a single bit"):
+        asyncio.run(sync(1))

@@ -122,6 +122,9 @@ class VllmEngine:
             import torch
 
             torch._dynamo.config.disable = True
+        if tensor_parallel > 1:
+            # Inside a placement group vLLM would choose Ray, whose workers need bundles of their own.
+            args.setdefault("distributed_executor_backend", "mp")
         if weight_transfer is not None:
             args["weight_transfer_config"] = {"backend": weight_transfer}
         try:
@@ -167,7 +170,11 @@ class VllmEngine:
                 # Nobody else has them: vLLM need not copy them deeply, a tenth of the time of a short completion.
                 skip_clone=True,
             )
-            self._engine.add_request(f"{request.group_id}/{index}", _prompt(request.token_ids_P), params)
+            try:
+                self._engine.add_request(f"{request.group_id}/{index}", _prompt(request.token_ids_P), params)
+            except Exception:
+                self._engine.abort_request([f"{request.group_id}/{earlier}" for earlier in range(index)])
+                raise
         self._groups[request.group_id] = group
 
     def add_score(self, token_ids: Sequence[int]) -> str:

@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import numpy.typing as npt
 
+from weaver_rl.errors import BatchError
 from weaver_rl.types import Datum, Float32Array, Int64Array
 
 T = TypeVar("T")
@@ -139,7 +140,10 @@ def scatter_logprobs(
 
 
 def sum_weights(data: Sequence[Datum]) -> float:
-    """Σ weights over all data, in float64: the normaliser of a request."""
+    """Σ weights over all data, in float64: the normaliser of a request. BatchError for a datum without weights."""
+    without = next((datum.datum_id for datum in data if "weights" not in datum.loss_fn_inputs), None)
+    if without is not None:
+        raise BatchError(f"datum {without!r}: loss_fn_inputs['weights'] is missing")
     return float(sum(float(np.sum(datum.loss_fn_inputs["weights"], dtype=np.float64)) for datum in data))
 
 

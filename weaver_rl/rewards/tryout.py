@@ -8,7 +8,7 @@ import statistics
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from rich.console import Console
@@ -60,14 +60,26 @@ def try_reward(
 
 
 def load_rollouts(path: Path, limit: int | None = None) -> list[Rollout]:
-    """Rollouts of a run folder, or of a JSONL file with `prompt`, `completion`, optional `answer` and other columns."""
-    if path.is_dir():
-        from weaver_rl.rollout_files import read_scored
+    """Rollouts of a run folder, or of a JSONL file with `prompt`, `completion`, optional `answer` and other columns.
 
-        return [scored.rollout for scored in islice(read_scored(path), limit)]
-    if not path.is_file():
+    Of a run folder: those sampled for training, the newest step first; held-out ones only where there are no others.
+    """
+    if path.is_dir():
+        found = _of_phase(path, "train", limit) or _of_phase(path, "eval", limit)
+    elif path.is_file():
+        found = list(islice(_read_jsonl(path), limit))
+    else:
         raise RewardError(f"no run folder or JSONL file at {path}")
-    return list(islice(_read_jsonl(path), limit))
+    if not found:
+        raise RewardError(f"{path} has no rollouts to try the reward on")
+    return found
+
+
+def _of_phase(run_dir: Path, phase: Literal["train", "eval"], limit: int | None) -> list[Rollout]:
+    from weaver_rl.rollout_files import read_rollouts, recorded_steps
+
+    newest_first = read_rollouts(run_dir, reversed(recorded_steps(run_dir)))
+    return list(islice((record.scored.rollout for record in newest_first if record.phase == phase), limit))
 
 
 def _read_jsonl(path: Path) -> Iterator[Rollout]:

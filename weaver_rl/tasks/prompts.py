@@ -123,19 +123,33 @@ class PromptStream:
         self._seed = seed
         self._demonstrations = self if demonstrations is None else demonstrations
         self._eval: dict[bytes, str] = {}
-        self.num_dropped = 0
-        """Prompts left out because they were too long, evaluation included; counted as they are met."""
+        self._num_met_too_long = 0
+        """Of an endless task; a finite one knows its own from the start."""
         self._keys = np.array([], np.uint64)
         self._kept: np.ndarray[tuple[int], np.dtype[np.int64]] | None = None
         if task.num_problems is not None:
             self._kept = self._check_all(task.num_problems)
         else:
             self.prompt(0)
+            self._num_met_too_long = 0  # it is met again by whoever asks for it
 
     @property
     def num_prompts(self) -> int | None:
         """Prompts of an epoch; None when they never end."""
         return None if self._kept is None else len(self._kept)
+
+    @property
+    def num_dropped(self) -> int:
+        """Training prompts left out because they were too long, demonstrations included; an endless task's as met."""
+        others = 0 if self._demonstrations is self else self._demonstrations.num_dropped
+        return self._num_too_long() + others
+
+    def dropped_note(self) -> str | None:
+        """What to tell at the start about prompts that are too long; None when none of a finite task is left out."""
+        parts = [self._dropped_here("prompts")]
+        if self._demonstrations is not self:
+            parts.append(self._demonstrations._dropped_here("demonstrations' prompts"))
+        return "; ".join(part for part in parts if part) or None
 
     def prompt(self, index: int) -> Prompt:
         """The prompt at a position >= 0 of the training stream, which may be past the first epoch."""
@@ -149,7 +163,7 @@ class PromptStream:
             prompt = self._render(self._task.problem(index + attempt * SUBSTITUTE_STRIDE))
             if prompt is not None:
                 return prompt
-            self.num_dropped += 1
+            self._num_met_too_long += 1
         raise TaskError(
             f"{MAX_SUBSTITUTES} problems in a row have more than {self._max_prompt_tokens} prompt tokens; "
             "make the task's problems shorter or raise max_model_len"
@@ -168,7 +182,6 @@ class PromptStream:
             num_asked += num - len(prompts)
         else:
             raise TaskError(f"of {num_asked} evaluation problems only {len(prompts)} fit the model, asked for {num}")
-        self.num_dropped += num_asked - num
         self._eval = {problem.key: problem.problem_id for problem in problems}
         self._demonstrations._eval = self._eval
         if self._kept is not None:
@@ -206,11 +219,24 @@ class PromptStream:
             if self._render(problem) is not None:
                 kept.append(index)
                 keys.append(short_key(problem))
-        self.num_dropped += num_problems - len(kept)
         if not kept:
             raise TaskError(f"all {num_problems} prompts have more than {self._max_prompt_tokens} tokens; none is left")
         self._keys = np.array(keys, np.uint64)
         return np.array(kept, np.int64)
+
+    def _num_too_long(self) -> int:
+        if self._task.num_problems is None or self._kept is None:
+            return self._num_met_too_long
+        return self._task.num_problems - len(self._kept)
+
+    def _dropped_here(self, what: str) -> str | None:
+        if self._task.num_problems is None or not (number := self._num_too_long()):
+            return None
+        have, are = ("has", "is") if number == 1 else ("have", "are")
+        return (
+            f"{number} of {self._task.num_problems} {what} {have} more than {self._max_prompt_tokens} tokens "
+            f"and {are} left out"
+        )
 
     def _render(self, problem: Problem) -> Prompt | None:
         self._refuse_eval(problem)

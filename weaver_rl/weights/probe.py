@@ -2,10 +2,12 @@
 
 A probe is a fixed sequence; the learner's log-probabilities of it are compared with the sampler's after each load. What
 the probe cannot see in one sync (a change smaller than its tolerance) it sees later: a sampler left behind drifts out.
+One that ignores its loads altogether is seen at once: the learner's answer moves and its own does not.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,14 +40,37 @@ class ProbeResult:
     max_abs: float
     """Largest |Δ| in nats; infinite when a value was not finite."""
     tolerance: float
+    stale: bool = False
+    """The learner's answer changed since the version before and the sampler's did not, by not a single bit."""
 
     @property
     def passed(self) -> bool:
-        return self.max_abs <= self.tolerance
+        return self.max_abs <= self.tolerance and not self.stale
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProbeAnswers:
+    """What both sides said to one probe, arrays (N-1,)."""
+
+    learner: Float32Array
+    by_sampler: Mapping[str, Float32Array]
+
+
+def is_stale(sampler: str, before: ProbeAnswers | None, now: ProbeAnswers) -> bool:
+    """Whether a sampler stood still while the learner moved: seen even where a step is smaller than the tolerance."""
+    if before is None or sampler not in before.by_sampler:
+        return False
+    moved = not np.array_equal(before.learner, now.learner)
+    return moved and np.array_equal(before.by_sampler[sampler], now.by_sampler[sampler])
 
 
 def compare(
-    sampler: str, version: int, sampler_logprobs: Float32Array, learner_logprobs: Float32Array, tolerance: float
+    sampler: str,
+    version: int,
+    sampler_logprobs: Float32Array,
+    learner_logprobs: Float32Array,
+    tolerance: float,
+    stale: bool = False,
 ) -> ProbeResult:
     """Compares the two answers to one probe, arrays (N-1,) each."""
     if sampler_logprobs.shape != learner_logprobs.shape:
@@ -53,4 +78,4 @@ def compare(
     with np.errstate(invalid="ignore"):
         worst = float(np.abs(sampler_logprobs.astype(np.float64) - learner_logprobs).max())
     max_abs = worst if np.isfinite(worst) else float("inf")
-    return ProbeResult(sampler=sampler, version=version, max_abs=max_abs, tolerance=tolerance)
+    return ProbeResult(sampler=sampler, version=version, max_abs=max_abs, tolerance=tolerance, stale=stale)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from weaver_rl.errors import WeightSyncError
 from weaver_rl.roles import LearnerGroup, SamplerPool
-from weaver_rl.weights.probe import ProbeResult, compare, probe_datum
+from weaver_rl.weights.probe import ProbeAnswers, ProbeResult, compare, is_stale, probe_datum
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,6 +36,7 @@ class WeightSync:
         self._samplers = samplers
         self._token_ids = probe_token_ids
         self._tolerance = tolerance
+        self._before: ProbeAnswers | None = None
 
     async def __call__(self, version: int) -> SyncReport:
         """Raises WeightSyncError naming the sampler that still disagrees after a second load."""
@@ -51,6 +52,7 @@ class WeightSync:
             still = [result for result in results if not result.passed]
             if still:
                 raise WeightSyncError(_message(still[0]))
+        self._before = self._now
         return SyncReport(
             version=version,
             num_bytes=weights.num_bytes,
@@ -61,13 +63,27 @@ class WeightSync:
     async def _probe(self, version: int) -> list[ProbeResult]:
         output = await self._learner.forward([probe_datum(self._token_ids)])
         by_sampler = await self._samplers.score(self._token_ids)
+        self._now = ProbeAnswers(learner=output.logprobs_per_datum[0], by_sampler=by_sampler)
         return [
-            compare(sampler, version, logprobs, output.logprobs_per_datum[0], self._tolerance)
+            compare(
+                sampler,
+                version,
+                logprobs,
+                self._now.learner,
+                self._tolerance,
+                stale=is_stale(sampler, self._before, self._now),
+            )
             for sampler, logprobs in by_sampler.items()
         ]
 
 
 def _message(result: ProbeResult) -> str:
+    if result.stale:
+        return (
+            f"{result.sampler} does not use weights v{result.version}: since the last version the learner's "
+            "log-probabilities of the probe have changed, the sampler's by not a single bit, after two loads. It keeps "
+            "older weights; nothing was sampled with them."
+        )
     return (
         f"{result.sampler} does not use weights v{result.version}: after two loads its log-probabilities of the probe "
         f"are up to {result.max_abs:.3g} nats from the learner's, {result.tolerance:.3g} allowed. It kept older "
