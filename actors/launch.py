@@ -36,7 +36,7 @@ from weaver_rl.resume import check_resumable
 from weaver_rl.run_folder import RunClaim, RunFolder, ending, write_atomically
 from weaver_rl.tasks.load import load_scorer, load_task
 from weaver_rl.tasks.prompts import PromptStream, sample_texts
-from weaver_rl.terminal import LiveView, make_view
+from weaver_rl.terminal import LiveView, make_view, notes
 from weaver_rl.weights.config import Transport, resolve_transport
 from weaver_rl.weights.probe import probe_token_ids
 from weaver_rl.weights.sync import WeightSync

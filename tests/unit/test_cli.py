@@ -110,7 +110,11 @@ def test_an_interrupt_inside_a_command_says_so(monkeypatch, capsys):
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
+    def leave_at_once(status: int) -> None:
+        raise SystemExit(status)
+
     monkeypatch.setattr("weaver_rl.config.load_config", interrupt)
+    monkeypatch.setattr("os._exit", leave_at_once)
     assert run(monkeypatch, "show", QUICKSTART) == 130
     assert capsys.readouterr().err.strip() == "interrupted; nothing was left running"
 

@@ -21,7 +21,7 @@ from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
+import psutil
 
 from weaver_rl.rewards.messages import FromWorker, ToWorker
 from weaver_rl.rewards.values import one_line
