@@ -69,7 +69,7 @@ types: install
 	$(BIN)/mypy
 
 unit: install
-	$(BIN)/python -m pytest tests/unit
+	$(BIN)/python -m pytest tests/unit --numprocesses auto
 
 ray: install
 	$(BIN)/python -m pytest tests/ray tests/gpu --timeout 600

