@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
@@ -40,9 +40,6 @@ from weaver_rl.terminal import LiveView, make_view, notes
 from weaver_rl.weights.config import Transport, resolve_transport
 from weaver_rl.weights.probe import probe_token_ids
 from weaver_rl.weights.sync import WeightSync
-
-if TYPE_CHECKING:
-    pass
 
 FLOAT32_PROBE_TOLERANCE = 1e-3
 LOW_PRECISION_PROBE_TOLERANCE = 0.2
