@@ -46,7 +46,9 @@ def test_smollm2_runs_two_steps(tmp_path: Path, smollm2: tuple[Path, Path]) -> N
         config,
         f"run_dir={folder.path}",
         "num_steps=2",
-        "eval.num_prompts=4",
+        "rollout.prompts_per_step=2",
+        "rollout.samples_per_prompt=2",
+        "eval.num_prompts=2",
         timeout_s=800,
         env={"XDG_CACHE_HOME": str(smollm2[0])},
     )

@@ -75,25 +75,25 @@ def test_the_policy_loads_in_transformers_and_plain_vllm_alike(finished: RunFold
 
 
 @pytest.mark.usefixtures("nothing_left_behind")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_and_resumed_equals_uninterrupted(
-    finished: RunFolder, tmp_path: Path, number: signal.Signals
-) -> None:
+def test_interrupted_twice_and_resumed_equals_uninterrupted(finished: RunFolder, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
-    after = {signal.SIGINT: 6, signal.SIGTERM: 8}[number]
-    stopped = run_until(
-        "train",
-        str(TINY),
-        f"run_dir={folder.path}",
-        seen=lambda line: folder.metrics_file.exists() and len(folder.metrics_file.read_text().splitlines()) >= after,
-        number=number,
-    )
-    assert stopped.status == 130, stopped.output
-    assert "Traceback" not in stopped.output
-    status = folder.read_status()
-    assert status is not None
-    assert status.state == "interrupted"
-    assert number.name in (status.reason or "")
+    for number, after, more in ((signal.SIGINT, 6, ()), (signal.SIGTERM, 8, ("--resume",))):
+        stopped = run_until(
+            "train",
+            str(TINY),
+            f"run_dir={folder.path}",
+            *more,
+            seen=lambda line, after=after: (
+                folder.metrics_file.exists() and len(folder.metrics_file.read_text().splitlines()) >= after
+            ),
+            number=number,
+        )
+        assert stopped.status == 130, stopped.output
+        assert "Traceback" not in stopped.output
+        status = folder.read_status()
+        assert status is not None
+        assert status.state == "interrupted"
+        assert number.name in (status.reason or "")
     resumed = run("train", str(TINY), f"run_dir={folder.path}", "--resume")
     assert resumed.status == 0, resumed.output
     assert _comparable(folder) == _comparable(finished)
@@ -115,7 +115,7 @@ def test_two_ranks_two_samplers_and_a_treacherous_reward(finished: RunFolder, tm
         "learner.num_cpus=0.5",
         "sampler.num_replicas=2",
         "sampler.num_cpus=0.5",
-        "num_steps=2",
+        "num_steps=1",
         "rewards=[{name: task}, {name: 'tiny_rewards.py:treacherous', timeout_s: 0.5, weight: 0.0}]",
         "eval.num_prompts=2",
         "reward_workers.max_missing_fraction=0.0",
