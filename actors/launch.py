@@ -71,7 +71,7 @@ def train(config: RunConfig, *, resume: bool, overwrite: bool, console: Console)
 
     Raises:
         UserError: something the user can mend; the run folder says the same.
-        KeyboardInterrupt: the run was stopped by SIGINT or SIGTERM; everything it started has ended.
+        KeyboardInterrupt: the run was stopped by SIGINT, SIGTERM or SIGHUP; everything it started has ended.
     """
     started = time.monotonic()
     folder = RunFolder(config.folder.absolute())

@@ -42,9 +42,12 @@ class StopSignals:
             signal.signal(number, handler)
 
     def install(self) -> None:
-        """Takes the signals (again: `ray.init` puts handlers of its own in place)."""
-        for number in STOPPING:
-            signal.signal(number, self._handle)
+        """Takes the signals (again: `ray.init` puts handlers of its own in place).
+
+        Those that were ignored stay so: under `nohup` a closed terminal must not end the run.
+        """
+        for number, before in self._before.items():
+            signal.signal(number, signal.SIG_IGN if before is signal.SIG_IGN else self._handle)
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:

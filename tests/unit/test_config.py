@@ -314,6 +314,8 @@ def test_several_mistakes_are_all_told(tmp_path: Path):
         ({"rewards": [{"name": "task"}, {"name": "task"}]}, ["rewards 0 and 1 are both recorded as 'task'", "label"]),
         ({"eval": {"reward": "tusk"}}, ["eval.reward is 'tusk'", "['task', 'length_penalty']"]),
         ({"sampler": {"engine_args": {"model": "x"}}}, ["sampler.engine_args", "'model'", "model.name"]),
+        ({"sampler": {"engine_args": {"max_model_len": "1k"}}}, ["sampler.engine_args", "'1k'", "a number of tokens"]),
+        ({"sampler": {"engine_args": {"max_model_len": 0}}}, ["sampler.engine_args", "is 0", "a number of tokens"]),
     ],
 )
 def test_contradictions_print_both_sides(tmp_path: Path, changes: dict[str, Any], words: list[str]):

@@ -20,6 +20,10 @@ OWNED_ENGINE_ARGS = {
 """vLLM arguments that weaver-rl sets itself, and the key that decides each."""
 
 
+MIN_MODEL_LEN = 2
+"""A prompt of one token and a completion of one."""
+
+
 class SamplerConfig(Section):
     """The samplers of a run."""
 
@@ -44,4 +48,7 @@ class SamplerConfig(Section):
         for key in value:
             if key in OWNED_ENGINE_ARGS:
                 raise ValueError(f"{key!r} is set by weaver-rl; what decides it is {OWNED_ENGINE_ARGS[key]}")
+        max_len = value.get("max_model_len", MIN_MODEL_LEN)
+        if not isinstance(max_len, int) or isinstance(max_len, bool) or max_len < MIN_MODEL_LEN:
+            raise ValueError(f"max_model_len is {max_len!r}; a number of tokens from {MIN_MODEL_LEN} on is needed")
         return value
