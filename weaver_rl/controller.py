@@ -38,7 +38,7 @@ from weaver_rl.stage_clock import StageClock
 from weaver_rl.step_metrics import step_metrics
 from weaver_rl.summation import mean
 from weaver_rl.terminal import LiveView
-from weaver_rl.types import GroupSample, Prompt, Rollout, SampleRequest
+from weaver_rl.types import ForwardBackwardOutput, GroupSample, OptimStepOutput, Prompt, Rollout, SampleRequest
 from weaver_rl.weights.sync import WeightSync
 
 
@@ -151,16 +151,7 @@ class Controller:
             position=first + len(pairs),
             prompts_dropped=self._prompts_dropped_before + self._crew.prompts.num_dropped,
         )
-        metrics = {
-            "loss": learned.loss,
-            "loss/sum_weights": learned.sum_weights,
-            "grad_norm": update.grad_norm,
-            "learning_rate": update.learning_rate,
-            "learner/num_tokens": learned.num_tokens,
-            "learner/num_microbatches": learned.metrics["num_microbatches"],
-            "learner/tokens_per_s": learned.num_tokens / clock.seconds("learn"),
-            "weights/version": self._state.step,
-        }
+        metrics = self._update_metrics(learned, update, self._state.step)
         is_last = self._state.step == self._warm_steps
         if is_last:
             metrics |= await self._sync_weights()
@@ -272,18 +263,8 @@ class Controller:
             require_small_gap(gap, config)
             adam = config.learner.adam_params_at(state.step - self._warm_steps, config.num_steps)
             update = await self._crew.learner.optim_step(adam)
-        metrics = {
-            "loss": learned.loss,
-            "loss/sum_weights": learned.sum_weights,
-            "grad_norm": update.grad_norm,
-            "learning_rate": update.learning_rate,
-            "learner/num_tokens": learned.num_tokens,
-            "learner/num_microbatches": learned.metrics["num_microbatches"],
-            "learner/tokens_per_s": learned.num_tokens / self._clock.seconds("learn"),
-            "weights/version": state.step + 1,
-        }
-        metrics |= gap_metrics(gap) | learn_input.importance_metrics(config.loss, config.correction)
-        return metrics
+        metrics = self._update_metrics(learned, update, state.step + 1)
+        return metrics | gap_metrics(gap) | learn_input.importance_metrics(config.loss, config.correction)
 
     async def _sync_weights(self) -> dict[str, float]:
         with self._clock.stage("sync"):
@@ -315,6 +296,20 @@ class Controller:
         return _eval_metrics(result, groups)
 
     # -- bookkeeping ---------------------------------------------------------------------------------------------
+
+    def _update_metrics(
+        self, learned: ForwardBackwardOutput, update: OptimStepOutput, version: int
+    ) -> dict[str, float]:
+        return {
+            "loss": learned.loss,
+            "loss/sum_weights": learned.sum_weights,
+            "grad_norm": update.grad_norm,
+            "learning_rate": update.learning_rate,
+            "learner/num_tokens": learned.num_tokens,
+            "learner/num_microbatches": learned.metrics["num_microbatches"],
+            "learner/tokens_per_s": learned.num_tokens / self._clock.seconds("learn"),
+            "weights/version": version,
+        }
 
     async def _finish_step(self, phase: str, metrics: dict[str, float], *, checkpoint: bool) -> None:
         """Records the step; a checkpoint's time shows in the next step, its line must be there before it."""

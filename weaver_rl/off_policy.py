@@ -26,13 +26,12 @@ class LearnInput:
     entries: tuple[BatchEntry, ...]
     importance_weights: tuple[Float32Array, ...]
     """One array (L,) per entry."""
+    sum_weights: float
+    """Tokens of every rollout of the batch, those left out included: what the loss is normalised by."""
     corrections: tuple[Float32Array, ...] | None = None
     """Factor of each token that the behaviour correction put in."""
     learner_logprobs: tuple[Float32Array, ...] | None = None
     """(L,) per entry, before the update."""
-
-    sum_weights: float
-    """Tokens of every rollout of the batch, those left out included: what the loss is normalised by."""
 
     @staticmethod
     def of(batch: StepBatch) -> LearnInput:
