@@ -130,6 +130,11 @@ class LearnerRank:
     def save_hf(self, directory: Path) -> None:
         self._running().save_hf(directory)
 
+    def close(self) -> None:
+        """Leaves the other ranks; `start` may follow."""
+        if self._learner is not None:
+            self._learner.close()
+
     def _chunks(self) -> Iterator[Chunk]:
         for chunk in self._running().state_chunks(self._spec.chunk_bytes, dtype="float32"):
             if chunk:
