@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from ray.exceptions import RayError, RayTaskError
 
 from weaver_rl.errors import ActorFailedError, OtherRankError, WeaverRLError
+from weaver_rl.waits import Names, current_waits
 
 T = TypeVar("T")
 
@@ -17,8 +18,11 @@ SETTLE_S = 5.0
 """How long the others may take to say what they know once one call has failed."""
 
 
-async def answer(reference: Any, *, actor: str, doing: str, timeout_s: float) -> Any:
-    """The result of a remote call.
+async def answer(reference: Any, *, actor: str, doing: str, timeout_s: float, about: Names = ()) -> Any:
+    """The result of a remote call; meanwhile a wait of `current_waits`.
+
+    Args:
+        about: names of what the actor is at work on (group ids), for who waits for those.
 
     Raises:
         ActorFailedError: the actor died or did not answer within `timeout_s`.
@@ -26,7 +30,8 @@ async def answer(reference: Any, *, actor: str, doing: str, timeout_s: float) ->
     """
     started = time.monotonic()
     try:
-        return await asyncio.wait_for(_future(reference), timeout_s)
+        with current_waits().waiting(actor, doing, timeout_s=timeout_s, about=about):
+            return await asyncio.wait_for(_future(reference), timeout_s)
     except TimeoutError:
         raise ActorFailedError(f"{actor} did not answer within {timeout_s:g} s while it was {doing}") from None
     except RayError as error:
@@ -78,3 +83,8 @@ def _first_line(error: Exception) -> str:
 
 async def _future(reference: Any) -> Any:
     return await reference
+
+
+def first_error(error: BaseException) -> BaseException:
+    """What went wrong first: tasks that fail together come as a group, a person needs one reason."""
+    return first_error(error.exceptions[0]) if isinstance(error, BaseExceptionGroup) else error

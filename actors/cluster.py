@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import os
@@ -9,21 +10,29 @@ import secrets
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import psutil
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 
 from actors.signals import StopSignals
 from weaver_rl.errors import ResourcesError
 from weaver_rl.placement import ClusterConfig, Placement, check_fits, shortage
+from weaver_rl.waits import current_waits
 
 LOCAL = "local"
 CONNECT_TIMEOUT_S = 10.0
 ENDED_WITHIN_S = 10.0
+PLACEMENT_POLL_S = 0.5
 
 
 @contextlib.contextmanager
@@ -146,7 +155,7 @@ def cpus_per_node() -> int:
 
 
 @contextlib.contextmanager
-def granted(placement: Placement, timeout_s: float) -> Iterator[PlacementGroup]:
+def granted(placement: Placement, timeout_s: float) -> Iterator[Reservation]:
     """Reserves the bundles for the length of the block.
 
     Raises:
@@ -154,14 +163,74 @@ def granted(placement: Placement, timeout_s: float) -> Iterator[PlacementGroup]:
     """
     check_fits(placement, _available(), _live_nodes())
     group = placement_group([dict(bundle) for bundle in placement.bundles], strategy="PACK")
+    reservation = Reservation(placement, group, timeout_s)
     try:
         ready, _ = ray.wait([group.ready()], timeout=timeout_s)
         if not ready:
             raise ResourcesError(f"after {timeout_s:g} s: " + shortage(placement, _available()))
-        yield group
+        yield reservation
     finally:
         if ray.is_initialized():
-            remove_placement_group(group)
+            reservation.give_back()
+
+
+class Reservation:
+    """The bundles of a run, and those of samplers that were added to it.
+
+    Args:
+        timeout_s: how long a bundle may take to be placed.
+    """
+
+    def __init__(self, placement: Placement, group: PlacementGroup, timeout_s: float) -> None:
+        self.group = group
+        self._placement = placement
+        self._timeout_s = timeout_s
+        self._more: dict[str, PlacementGroup] = {}
+
+    async def placed_again(self) -> None:
+        """Returns when every bundle is on a live node: Ray moves those of a lost node to others if they have room.
+
+        Raises:
+            ResourcesError: there is none; says what is missing.
+        """
+        if not await self._placed(self.group):
+            raise ResourcesError(
+                f"a node with actors of this run is gone, and for {self._timeout_s:g} s no other had room for them: "
+                + shortage(self._placement, _available())
+            )
+
+    async def one_more(self, name: str, bundle: Mapping[str, float]) -> PlacementGroup:
+        """A bundle of its own for a sampler; asked for again under the same name it is the same."""
+        if name not in self._more:
+            self._more[name] = placement_group([dict(bundle)], strategy="PACK")
+        if not await self._placed(self._more[name]):
+            remove_placement_group(self._more.pop(name))
+            wanted = ", ".join(f"{kind} {amount:g}" for kind, amount in bundle.items())
+            free = ", ".join(f"{kind} {_available().get(kind, 0.0):g}" for kind in bundle)
+            raise ResourcesError(
+                f"{name} needs {wanted} on one node; free in the cluster: {free}. Add a node, or ask for fewer samplers"
+            )
+        return self._more[name]
+
+    def give_back(self, name: str | None = None) -> None:
+        """The bundle of one added sampler, or all bundles."""
+        groups = [*self._more.values(), self.group] if name is None else [self._more.pop(name, None)]
+        for group in groups:
+            if group is not None:
+                remove_placement_group(group)
+
+    async def _placed(self, group: PlacementGroup) -> bool:
+        with current_waits().waiting(
+            "Ray", f"finds room for {len(group.bundle_specs)} bundles", timeout_s=self._timeout_s
+        ):
+            # A node that died may be noticed only now: a bundle that was there a moment ago says nothing.
+            end = time.monotonic() + self._timeout_s
+            while time.monotonic() < end:
+                table: dict[str, Any] = await asyncio.to_thread(placement_group_table, group)
+                if table.get("state") == "CREATED":
+                    return True
+                await asyncio.sleep(PLACEMENT_POLL_S)
+        return False
 
 
 def _live_nodes() -> list[Mapping[str, float]]:

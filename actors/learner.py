@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,10 @@ from typing import TYPE_CHECKING, Any
 import ray
 
 from actors.calls import answer, together
+from actors.identity import Identity, this_process
 from actors.object_store import Chunk, publish
 from actors.transfer_client import SamplerClient
+from weaver_rl.errors import ActorFailedError, LearnerLostError
 from weaver_rl.learner.config import LearnerConfig
 from weaver_rl.learner.microbatches import Shard, shard_data, unshard
 from weaver_rl.learner.microbatches import sum_weights as total_weights
@@ -130,6 +132,10 @@ class LearnerRank:
     def save_hf(self, directory: Path) -> None:
         self._running().save_hf(directory)
 
+    def identity(self) -> Identity:
+        """Which process this is."""
+        return this_process()
+
     def close(self) -> None:
         """Leaves the other ranks; `start` may follow."""
         if self._learner is not None:
@@ -154,11 +160,23 @@ class RayLearnerGroup:
     Args:
         ranks: handles of `LearnerRank`, by rank, all started.
         timeout_s: how long one operation may take.
+        start_anew: ends the ranks and gives new ones, started.
     """
 
-    def __init__(self, ranks: Sequence[Any], timeout_s: float) -> None:
+    def __init__(
+        self,
+        ranks: Sequence[Any],
+        timeout_s: float,
+        start_anew: Callable[[], Awaitable[Sequence[Any]]] | None = None,
+    ) -> None:
         self._ranks = list(ranks)
         self._timeout_s = timeout_s
+        self._start_anew = start_anew
+
+    async def restart(self) -> None:
+        if self._start_anew is None:
+            raise RuntimeError("this learner cannot start anew")
+        self._ranks = list(await self._start_anew())
 
     async def forward(self, data: Sequence[Datum], temperature: float = 1.0) -> ForwardOutput:
         shards = self._shards(data)
@@ -223,7 +241,10 @@ class RayLearnerGroup:
 
     async def _all(self, doing: str, references: Sequence[Any]) -> list[Any]:
         """Every rank's answer."""
-        return await together(
-            answer(reference, actor=f"learner rank {rank}", doing=doing, timeout_s=self._timeout_s)
-            for rank, reference in enumerate(references)
-        )
+        try:
+            return await together(
+                answer(reference, actor=f"learner rank {rank}", doing=doing, timeout_s=self._timeout_s)
+                for rank, reference in enumerate(references)
+            )
+        except ActorFailedError as error:
+            raise LearnerLostError(str(error)) from error

@@ -1,4 +1,4 @@
-"""A reward worker's process, and all of them as one for the controller. It knows neither sampling nor learning."""
+"""A reward worker's process, its handle for the fleet, and how one is made. It knows neither sampling nor learning."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from actors.calls import answer
+from actors.ending import end_actor
+from actors.identity import ActorFacts, Identity, this_process
 from weaver_rl.rewards.config import RewardSpec, RewardWorkersConfig
 from weaver_rl.rewards.pool import RewardWorker
 from weaver_rl.types import RewardComponent, Rollout
+from weaver_rl.waits import current_waits
 
 
 class RewardActor:
@@ -31,33 +34,81 @@ class RewardActor:
     async def score(self, rollouts: Sequence[Rollout]) -> tuple[tuple[RewardComponent, ...], ...]:
         return await self._worker.score(rollouts)
 
+    async def identity(self) -> Identity:
+        """Which process this is; also the answer to whether it lives."""
+        return this_process()
+
     async def close(self) -> None:
         await self._worker.close()
 
 
-class RayRewardPool:
-    """All reward workers: gives each group to a worker that is free.
+class RayRewardWorker:
+    """A started reward worker.
 
     Args:
-        workers: handles of `RewardActor`, all started.
         timeout_s: how long one rollout may take at most over all its rewards, replacements of the process included.
+        unresponsive_after_s: how long it may not answer.
     """
 
-    def __init__(self, workers: Sequence[Any], timeout_s: float) -> None:
+    def __init__(
+        self, name: str, actor: Any, identity: Identity, *, timeout_s: float, unresponsive_after_s: float
+    ) -> None:
+        self.name = name
+        self._actor = actor
         self._timeout_s = timeout_s
-        self._free: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
-        for index, worker in enumerate(workers):
-            self._free.put_nowait((index, worker))
+        self._unresponsive_after_s = unresponsive_after_s
+        current_waits().describe(name, ActorFacts(identity, here=this_process().node_id))
 
-    async def score(self, rollouts: Sequence[Rollout]) -> Sequence[tuple[RewardComponent, ...]]:
-        index, worker = await self._free.get()
-        try:
-            scored: tuple[tuple[RewardComponent, ...], ...] = await answer(
-                worker.score.remote(rollouts),
-                actor=f"reward worker {index}",
-                doing=f"scoring {len(rollouts)} rollouts",
-                timeout_s=self._timeout_s * len(rollouts),
-            )
-        finally:
-            self._free.put_nowait((index, worker))
+    async def score(self, rollouts: Sequence[Rollout]) -> tuple[tuple[RewardComponent, ...], ...]:
+        group = rollouts[0].rollout_id.rpartition("-")[0]
+        scored: tuple[tuple[RewardComponent, ...], ...] = await answer(
+            self._actor.score.remote(rollouts),
+            actor=self.name,
+            doing=f"scoring group {group}",
+            timeout_s=self._timeout_s * len(rollouts),
+            about=(group,),
+        )
         return scored
+
+    async def check(self) -> None:
+        await answer(
+            self._actor.identity.remote(),
+            actor=self.name,
+            doing="answering whether it lives",
+            timeout_s=self._unresponsive_after_s,
+        )
+
+    async def close(self, *, kill: bool = False) -> None:
+        current_waits().forget(self.name)
+        await end_actor(self._actor, kill=kill)
+
+
+class RayRewardFactory:
+    """Makes reward workers.
+
+    Args:
+        spawn: makes an actor.
+        start_timeout_s: how long it may take to be placed and to load the rewards.
+    """
+
+    def __init__(
+        self, spawn: Callable[[], Any], *, start_timeout_s: float, timeout_s: float, unresponsive_after_s: float
+    ) -> None:
+        self._spawn = spawn
+        self._start_timeout_s = start_timeout_s
+        self._timeout_s = timeout_s
+        self._unresponsive_after_s = unresponsive_after_s
+
+    async def start(self, name: str) -> RayRewardWorker:
+        actor = self._spawn()
+        try:
+            await answer(actor.start.remote(), actor=name, doing="loading the rewards", timeout_s=self._start_timeout_s)
+            identity = await answer(
+                actor.identity.remote(), actor=name, doing="saying which process it is", timeout_s=self._timeout_s
+            )
+        except BaseException:
+            await asyncio.shield(end_actor(actor, kill=True))
+            raise
+        return RayRewardWorker(
+            name, actor, identity, timeout_s=self._timeout_s, unresponsive_after_s=self._unresponsive_after_s
+        )

@@ -10,6 +10,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from actors.identity import Identity, this_process
 from actors.object_store import tensors
 from weaver_rl.engines.loop import EngineLoop
 from weaver_rl.engines.vllm import VllmEngine, import_vllm, prepare_process
@@ -31,6 +32,16 @@ class SamplerSpec:
     tensor_parallel: int
     transport: Transport
     start_timeout_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Heartbeat:
+    """What a sampler says of itself."""
+
+    num_steps: int
+    """Engine steps so far."""
+    is_busy: bool
+    """Groups or scores are in flight."""
 
 
 class Sampler:
@@ -60,13 +71,17 @@ class Sampler:
         for future in futures:
             asyncio.wrap_future(future).add_done_callback(arrived.put_nowait)
         num_left = len(futures)
-        while num_left:
-            # A message costs Ray more than a group: whatever came meanwhile goes with it.
-            done = [await arrived.get()]
-            while not arrived.empty():
-                done.append(arrived.get_nowait())
-            num_left -= len(done)
-            yield [group.result() for group in done]
+        try:
+            while num_left:
+                # A message costs Ray more than a group: whatever came meanwhile goes with it.
+                done = [await arrived.get()]
+                while not arrived.empty():
+                    done.append(arrived.get_nowait())
+                num_left -= len(done)
+                yield [group.result() for group in done]
+        finally:
+            if num_left:
+                self._loop.abort([request.group_id for request in requests])
 
     async def score(self, token_ids: Sequence[int]) -> Float32Array:
         """Log-probabilities (N-1,) of a fixed sequence at temperature 1."""
@@ -83,6 +98,14 @@ class Sampler:
             engine.finish_load(weights.version)
 
         await self._call(load)
+
+    async def heartbeat(self) -> Heartbeat:
+        """Answers while the process lives, whatever its engine does."""
+        return Heartbeat(num_steps=self._loop.num_steps, is_busy=self._loop.is_busy)
+
+    def identity(self) -> Identity:
+        """Which process this is."""
+        return this_process()
 
     async def call_workers(self, method: str, *args: Any) -> None:
         """One call of vLLM's weight-transfer API, on every worker of the engine."""

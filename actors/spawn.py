@@ -13,6 +13,8 @@ import ray
 from ray.util.placement_group import PlacementGroup
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from actors.cluster import Reservation
+from actors.ending import end_actor
 from actors.learner import LearnerRank
 from actors.reward import RewardActor
 from actors.sampler import Sampler
@@ -22,7 +24,6 @@ from weaver_rl.placement import Placement
 from weaver_rl.rewards.config import RewardSpec, RewardWorkersConfig
 from weaver_rl.types import Rollout
 
-CLOSE_TIMEOUT_S = 15.0
 MAX_CALLS_IN_FLIGHT = 1000
 
 
@@ -36,28 +37,68 @@ class Actors:
 
     async def close(self) -> None:
         """Ends every actor: asks first, so that engines and children end cleanly, then kills what is left."""
-        everyone = [*self.samplers.values(), *self.reward_workers, *self.learner_ranks]
-        asked = [actor.close.remote() for actor in (*self.samplers.values(), *self.reward_workers)]
-        if asked:
-            # A dead or stuck actor does not answer; it is killed below like the others.
-            await asyncio.to_thread(ray.wait, asked, num_returns=len(asked), timeout=CLOSE_TIMEOUT_S)
-        for actor in everyone:
-            with contextlib.suppress(ValueError, ray.exceptions.RayError):
-                ray.kill(actor, no_restart=True)
+        asked = [end_actor(actor) for actor in (*self.samplers.values(), *self.reward_workers)]
+        await asyncio.gather(*asked, return_exceptions=True)
+        await self.kill_learner()
+
+    async def kill_learner(self) -> None:
+        """Ends every learner rank at once."""
+        ranks = list(self.learner_ranks)
+        self.learner_ranks.clear()
+        for rank in ranks:
+            with contextlib.suppress(Exception):
+                await end_actor(rank, kill=True)
 
 
-def spawn_samplers(
-    actors: Actors, config: SamplerConfig, placement: Placement, group: PlacementGroup, num_threads: int | None
-) -> None:
-    """One actor per replica, named `sampler 0`, `sampler 1`, …"""
-    for index, bundle in enumerate(placement.sampler_bundles):
+class SamplerSpawner:
+    """Makes sampler actors: the first in the bundles of the run's placement, more of them in bundles of their own.
+
+    Args:
+        num_threads: OpenMP threads of a CPU engine.
+        reservation: finds room for a bundle, or raises ResourcesError.
+    """
+
+    def __init__(
+        self,
+        actors: Actors,
+        config: SamplerConfig,
+        placement: Placement,
+        reservation: Reservation,
+        num_threads: int | None,
+    ) -> None:
+        self._actors = actors
+        self._config = config
+        self._placement = placement
+        self._reservation = reservation
+        self._num_threads = num_threads
+
+    def names(self) -> list[str]:
+        """The samplers that the run begins with: `sampler 0`, `sampler 1`, …"""
+        return [f"sampler {index}" for index in range(len(self._placement.sampler_bundles))]
+
+    def spawn_first(self) -> None:
+        """All of them; their room is granted already."""
+        for name, bundle in zip(self.names(), self._placement.sampler_bundles, strict=True):
+            self._make(name, self._reservation.group, bundle)
+
+    async def spawn(self, name: str) -> Any:
+        """One in place of a lost one, or one more. Raises ResourcesError when there is no room for it."""
+        names = self.names()
+        if name in names:
+            await self._reservation.placed_again()
+            return self._make(name, self._reservation.group, self._placement.sampler_bundles[names.index(name)])
+        group = await self._reservation.one_more(name, self._placement.bundles[self._placement.sampler_bundles[0]])
+        return self._make(name, group, 0)
+
+    def _make(self, name: str, group: PlacementGroup, bundle: int) -> Any:
         remote = ray.remote(Sampler).options(
-            num_cpus=config.num_cpus,
-            num_gpus=placement.sampler_gpus,
+            num_cpus=self._config.num_cpus,
+            num_gpus=self._placement.sampler_gpus,
             max_concurrency=MAX_CALLS_IN_FLIGHT,
             scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
         )
-        actors.samplers[f"sampler {index}"] = remote.remote(num_threads)
+        self._actors.samplers[name] = remote.remote(self._num_threads)
+        return self._actors.samplers[name]
 
 
 def spawn_learner(actors: Actors, config: LearnerConfig, placement: Placement, group: PlacementGroup) -> None:
@@ -71,14 +112,15 @@ def spawn_learner(actors: Actors, config: LearnerConfig, placement: Placement, g
         actors.learner_ranks.append(remote.remote())
 
 
-def spawn_reward_workers(
+def spawn_reward_worker(
     actors: Actors,
     config: RewardWorkersConfig,
     specs: Sequence[RewardSpec],
     base_dir: Path,
     task_scorer: Callable[[Rollout], float] | None,
-) -> None:
-    """The pool of reward workers, spread over the nodes; they reserve no CPU, scoring is short."""
+) -> Any:
+    """One reward worker, on whichever node has fewest; it reserves no CPU, scoring is short."""
     remote = ray.remote(RewardActor).options(num_cpus=0, scheduling_strategy="SPREAD")
-    for _ in range(config.num_workers):
-        actors.reward_workers.append(remote.remote(tuple(specs), config, base_dir, task_scorer))
+    worker = remote.remote(tuple(specs), config, base_dir, task_scorer)
+    actors.reward_workers.append(worker)
+    return worker

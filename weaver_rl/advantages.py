@@ -79,6 +79,23 @@ def _deviations(rewards_G: Float64Array) -> Float64Array:
     return np.asarray(from_first_G - mean(from_first_G))
 
 
+RatioLevel = Literal["token", "sequence"]
+"""What a ratio learner/sampler is of: one token, or the whole rollout (the product over its tokens)."""
+
+MAX_RATIO = 1e6
+"""No correction lets a larger factor through, so that advantage times factor stays within float32."""
+
+
+def log_ratio(learner_logprobs_L: Float32Array, sampler_logprobs_L: Float32Array) -> Float64Array:
+    """log(learner / sampler) of each token, in float64."""
+    return np.asarray(learner_logprobs_L.astype(np.float64) - sampler_logprobs_L)
+
+
+def _log_ratio_at(level: RatioLevel, learner_L: Float32Array, sampler_L: Float32Array) -> Float64Array:
+    per_token_L = log_ratio(learner_L, sampler_L)
+    return per_token_L if level == "token" else np.full(len(per_token_L), total(per_token_L))
+
+
 class NoCorrection(Section):
     """Every token counts as it is."""
 
@@ -86,18 +103,65 @@ class NoCorrection(Section):
 
 
 class Tis(Section):
-    """Truncated importance sampling (Ionides 2008): min(exp(logp_learner - logp_sampler), cap) per token."""
+    """Truncated importance sampling (Ionides 2008): min(ratio, cap), ratio = exp(logp_learner - logp_sampler).
+
+    Per token as in Yao et al. 2025 ("Your efficient RL framework secretly brings you off-policy RL training"), or one
+    ratio per rollout as in Liu, Li et al. 2025 ("When speed kills stability"): unbiased but for the cap, and of a
+    spread that grows with the length. The definitions are those of verl's docs/algo/rollout_corr_math.md.
+    """
 
     name: Literal["tis"] = "tis"
-    cap: float = Field(default=2.0, gt=0)
+    cap: float = Field(default=2.0, gt=0, le=MAX_RATIO)
     """Largest factor a token may get (a ratio of probabilities, no unit)."""
+    level: RatioLevel = "token"
+    """`token`: each token by its own ratio. `sequence`: every token of a rollout by the product of them all."""
 
     def __call__(self, learner_logprobs_L: Float32Array, sampler_logprobs_L: Float32Array) -> Float32Array:
-        delta = learner_logprobs_L.astype(np.float64) - sampler_logprobs_L
-        return np.exp(np.minimum(delta, np.log(self.cap))).astype(np.float32)
+        """Factors (L,) of the tokens of one rollout, in [0, cap]."""
+        log_ratio_L = _log_ratio_at(self.level, learner_logprobs_L, sampler_logprobs_L)
+        log_cap = np.log(self.cap)
+        # The cap itself, not exp of its logarithm: `metrics` finds the capped tokens by it.
+        factors_L = np.where(log_ratio_L >= log_cap, self.cap, np.exp(np.minimum(log_ratio_L, log_cap)))
+        return factors_L.astype(np.float32)
+
+    def metrics(self, factors_T: Float32Array) -> dict[str, float]:
+        """How often the cap was reached, over the factors of a batch."""
+        return {"correction/capped_fraction": mean(factors_T == np.float32(self.cap))}
 
 
-CorrectionConfig = Annotated[NoCorrection | Tis, Field(discriminator="name")]
+class Mis(Section):
+    """Masked importance sampling: the ratio where it lies within [min_ratio, max_ratio], else 0.
+
+    Per token with both bounds it is IcePop (Ling team 2025), per rollout with the upper bound alone Seq-MIS (Liu, Li et
+    al. 2025, "When speed kills stability"). The geometric mean over a rollout, a third level in verl's
+    docs/algo/rollout_corr_math.md, is not offered: there it only rejects rollouts and is no importance weight.
+    """
+
+    name: Literal["mis"] = "mis"
+    min_ratio: float | None = Field(default=None, gt=0, le=1)
+    """Smallest ratio that is kept (no unit); null: no lower bound."""
+    max_ratio: float = Field(default=2.0, ge=1, le=MAX_RATIO)
+    """Largest ratio that is kept (no unit)."""
+    level: RatioLevel = "token"
+    """`token`: each token by its own ratio. `sequence`: a rollout as a whole, by the product of them all."""
+
+    def __call__(self, learner_logprobs_L: Float32Array, sampler_logprobs_L: Float32Array) -> Float32Array:
+        """Factors (L,) of the tokens of one rollout, 0 or in [min_ratio, max_ratio]."""
+        log_ratio_L = _log_ratio_at(self.level, learner_logprobs_L, sampler_logprobs_L)
+        log_min = -np.inf if self.min_ratio is None else np.log(self.min_ratio)
+        log_max = np.log(self.max_ratio)
+        kept_L = (log_min <= log_ratio_L) & (log_ratio_L <= log_max)
+        # A product, not np.where: a log-probability that is NaN must stay NaN and be refused, not be masked in silence.
+        factors_L = np.exp(np.minimum(log_ratio_L, log_max)) * kept_L
+        return np.asarray(factors_L, dtype=np.float32)
+
+    def metrics(self, factors_T: Float32Array) -> dict[str, float]:
+        """How much was masked, over the factors of a batch."""
+        return {"correction/masked_fraction": mean(factors_T == 0)}
+
+
+Correction = NoCorrection | Tis | Mis
+CorrectionConfig = Annotated[Correction, Field(discriminator="name")]
 
 
 def num_needed(estimator: Grpo | MeanCentered | Rloo | Reinforce) -> int:
@@ -124,7 +188,7 @@ def group_advantages(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogprobGap:
-    """How far the learner's log-probabilities are from the sampler's, over the tokens of one batch (in nats)."""
+    """How far the learner's log-probabilities are from the sampler's, over some tokens of a batch (in nats)."""
 
     mean: float
     """Mean |logp_learner - logp_sampler|."""
@@ -136,20 +200,26 @@ class LogprobGap:
 
 
 def logprob_gap(learner_logprobs_T: Float32Array, sampler_logprobs_T: Float32Array) -> LogprobGap:
-    """Compares the two over all completion tokens of a batch, each an array (T,)."""
-    delta = learner_logprobs_T.astype(np.float64) - sampler_logprobs_T
-    # Relative to the largest, so that the squares do not overflow; the share does not depend on the scale.
-    ratio = np.exp(delta - delta.max())
+    """Compares the two over at least one token, each an array (T,)."""
+    delta = log_ratio(learner_logprobs_T, sampler_logprobs_T)
     return LogprobGap(
         mean=mean(np.abs(delta)),
         max=float(np.abs(delta).max()),
         kl=mean(np.expm1(delta) - delta),
-        ess=min(1.0, total(ratio) ** 2 / (len(ratio) * total(ratio**2))),
+        ess=effective_sample_share(delta),
     )
+
+
+def effective_sample_share(log_ratios: Float64Array) -> float:
+    """(Σr)² / (n Σr²) of the ratios r (Kong 1992), in [1/n, 1]: 1 where all are equal, 1/n where one outweighs all."""
+    # Relative to the largest, so that the squares do not overflow; the share does not depend on the scale.
+    ratios = np.exp(log_ratios - log_ratios.max())
+    return min(total(ratios) ** 2 / (len(ratios) * total(ratios**2)), 1.0)
 
 
 class LogprobGapLimit(Section):
     """When sampler and learner disagree too much to go on."""
 
     max_mean: float = Field(default=0.05, gt=0)
-    """Largest mean |Δ| in nats; a step above it stops the run. Float32 on both sides stays below 1e-4."""
+    """Largest mean |Δ| in nats over the tokens of lag 0; a step above it stops the run. Float32 on both sides stays
+    below 1e-4."""

@@ -12,7 +12,7 @@ import numpy as np
 
 from weaver_rl.advantages import Grpo, MeanCentered, Reinforce, Rloo, group_advantages, num_needed
 from weaver_rl.errors import WeightSyncError
-from weaver_rl.types import Datum, Float32Array, ScoredRollout
+from weaver_rl.types import Datum, Float32Array, ScoredRollout, newest_version, oldest_version
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,6 +22,18 @@ class ScoredGroup:
     group_id: str
     sampler: str
     scored_G: tuple[ScoredRollout, ...]
+    position: int = -1
+    """Place of the prompt in the training stream; -1 for an evaluation."""
+
+    @property
+    def oldest_version(self) -> int:
+        """Version of the oldest token."""
+        return oldest_version(scored.rollout.completion for scored in self.scored_G)
+
+    @property
+    def newest_version(self) -> int:
+        """Version of the newest token."""
+        return newest_version(scored.rollout.completion for scored in self.scored_G)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

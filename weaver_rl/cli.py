@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 
 ConfigArgument = Annotated[Path, typer.Argument(help="YAML file of the run.", show_default=False)]
+RunArgument = Annotated[Path, typer.Argument(help="Run folder.", show_default=False)]
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(help="key.path=value …, for example learner.learning_rate=1e-4")
 ]
@@ -67,6 +68,45 @@ def show(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     from weaver_rl.config import dump_config, load_config
 
     sys.stdout.write(dump_config(load_config(config, overrides or [])))
+
+
+@app.command()
+def status(run: RunArgument) -> None:
+    """Show how a run stands: its step, what it waits for and why, its samplers."""
+    from weaver_rl.status import print_status
+
+    raise typer.Exit(print_status(Console(), run))
+
+
+@app.command()
+def audit(run: RunArgument) -> None:
+    """Prove from a run's journal that every prompt was trained exactly once; exit status 1 if not."""
+    from weaver_rl.audit import audit as check
+    from weaver_rl.audit import print_audit
+
+    raise typer.Exit(print_audit(Console(), check(run)))
+
+
+@app.command()
+def replay(
+    run: RunArgument, step: Annotated[int, typer.Option(min=1, help="The step to compute again.", show_default=False)]
+) -> None:
+    """Compute a recorded step again from its stored rollouts; exit status 1 if loss or gradient differ by a bit."""
+    from actors.replay import replay as again
+
+    raise typer.Exit(again(run, step, Console()))
+
+
+@app.command()
+def scale(
+    run: RunArgument, samplers: Annotated[int, typer.Option(min=1, help="How many it shall have.", show_default=False)]
+) -> None:
+    """Add samplers to a running run, or let some leave."""
+    from weaver_rl.run_folder import RunFolder
+    from weaver_rl.scale import ask_for_samplers
+
+    ask_for_samplers(RunFolder(run), samplers)
+    sys.stdout.write(f"asked for {samplers} samplers; `weaver-rl status {run}` shows them come and go\n")
 
 
 @app.command()

@@ -1,45 +1,56 @@
-"""The run on one page: sample, score, learn, sync, in this order. It knows neither Ray nor vLLM, only roles.
+"""The run on one page: sample, score, learn, sync. It knows neither Ray nor vLLM, only roles.
 
-- `run`           produces a trained policy; waits for each step in turn; unblocked by the step's last await.
-- `_roll_out`     produces scored groups; waits for samplers and reward workers; unblocked by the slowest completion
-                  and its rewards. Scoring of a group starts when it arrives, while others are still being sampled.
+- `run`           produces a trained policy; waits for each step in turn; unblocked by the step's last await. A learner
+                  that is lost sends it back to the newest checkpoint.
+- `GroupStream`   produces scored groups, up to `max_lag` steps ahead; waits for samplers and reward workers.
+- `_train_step`   produces version v+1; waits for the groups that it must and may train, then for the learner.
 - `_learn`        produces an update; waits for the learner; unblocked by its answer. Stops the run, before the update,
                   when learner and sampler disagree about the log-probabilities of what was sampled.
-- `_sync_weights` produces samplers that provably use the new version; waits for learner and samplers.
+- `_sync_weights` produces samplers that provably use the new version; waits for learner and samplers. With `max_lag`
+                  above 0 they are in the middle of other groups then, and go on with these.
 
-A step makes version v+1 from rollouts of version v (`max_lag: 0`). Step and version count optimizer updates, those of
-the warm start included.
+A step makes version v+1 from rollouts of versions v - max_lag to v; `max_lag: 0` is synchronous. Step and version count
+optimizer updates, those of the warm start included.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from weaver_rl.advantages import Reinforce
+from weaver_rl.backlog_file import load_backlog, save_backlog
 from weaver_rl.batch import ScoredGroup, StepBatch, build_batch, require_fresh, sequence_datum
 from weaver_rl.checkpoints import Checkpoints, load_controller_state, save_controller_state
 from weaver_rl.config import RunConfig
-from weaver_rl.errors import CheckpointError
+from weaver_rl.errors import CheckpointError, JournalError, LearnerLostError
 from weaver_rl.evaluation import EvalResult, evaluate
+from weaver_rl.group_stream import Backlog, GroupStream
+from weaver_rl.journal import Journal
+from weaver_rl.learn_step import learn
 from weaver_rl.losses.config import CrossEntropy
 from weaver_rl.metrics import MetricsWriter
-from weaver_rl.off_policy import LearnInput, correct, gap_metrics, require_small_gap
+from weaver_rl.off_policy import LearnInput
 from weaver_rl.records import eval_records, train_records
-from weaver_rl.rewards.combine import check_missing, combine
+from weaver_rl.rewards.combine import check_missing
 from weaver_rl.roles import LearnerGroup, PromptSource, RewardPool, SamplerPool
-from weaver_rl.rollout import SamplingConfig, completion_seed
+from weaver_rl.rollout import group_id_of
 from weaver_rl.rollout_files import RecordedRollout, truncate_after, write_rollouts
-from weaver_rl.run_folder import RunFolder
+from weaver_rl.run_folder import RunFolder, ending
 from weaver_rl.run_state import RunState
 from weaver_rl.stage_clock import StageClock
 from weaver_rl.step_metrics import step_metrics
 from weaver_rl.summation import mean
 from weaver_rl.terminal import LiveView
-from weaver_rl.types import ForwardBackwardOutput, GroupSample, OptimStepOutput, Prompt, Rollout, SampleRequest
+from weaver_rl.types import ForwardBackwardOutput, OptimStepOutput, SampleRequest
+from weaver_rl.waits import current_waits
 from weaver_rl.weights.sync import WeightSync
+
+MAX_LEARNER_LOSSES = 3
+"""Losses of the learner without a step between them that go further than before."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +87,7 @@ class Controller:
         folder: RunFolder,
         checkpoints: Checkpoints,
         metrics: MetricsWriter,
+        journal: Journal,
         view: LiveView,
         on_step: Callable[[int], None] = lambda step: None,
     ) -> None:
@@ -85,50 +97,112 @@ class Controller:
         self._folder = folder
         self._checkpoints = checkpoints
         self._metrics = metrics
+        self._journal = journal
         self._view = view
         self._on_step = on_step
-        self._state = RunState()
+        self._beginning = RunState(prompts_dropped=crew.prompts.num_dropped)
+        """What a finite task left out was known before anything was asked of it."""
+        self._state = self._beginning
+        self._synced: int | None = None
         self._records: list[RecordedRollout] = []
         self._writing: asyncio.Task[Path] | None = None
-        self._prompts_dropped_before = 0
-        """By the processes that this one resumed from; the source of prompts counts anew."""
         self._clock = StageClock()
         self._warm_steps = config.warm_start.num_steps if config.warm_start else 0
         self._last_step = self._warm_steps + config.num_steps
+        self._first_position = self._warm_steps * config.warm_start.prompts_per_step if config.warm_start else 0
+        self._stream = GroupStream(
+            prompts=crew.prompts,
+            samplers=crew.samplers,
+            rewards=crew.rewards,
+            config=config.rollout,
+            specs=config.rewards,
+            seed=config.seed,
+            last_position=self._first_position + config.num_steps * config.rollout.prompts_per_step,
+            events=journal,
+        )
 
     async def run(self, *, resume: bool = False) -> RunSummary:
         """Trains to the end and leaves the policy in the run folder; with `resume`, from the newest checkpoint."""
         try:
-            return await self._run(resume)
+            summary = await self._run(resume)
+        except BaseException as error:
+            state, reason = ending(error)
+            if state != "running":
+                with contextlib.suppress(JournalError):  # a second failure must not hide the first
+                    self._journal.ended(state=state, reason=reason)
+            raise
         finally:
+            await self._stream.stop()
             # Those of a step that stopped the run are there too: they are the evidence.
             await self._write_records()
             await self._records_written()
+        self._journal.ended(state="finished", reason=None)
+        await self._journal.flush()
+        return summary
 
     async def _run(self, resume: bool) -> RunSummary:
-        if resume:
-            await self._restore()
+        self._journal.started(
+            first_position=self._first_position,
+            first_step=self._warm_steps + 1,
+            last_step=self._last_step,
+            groups_per_step=self._config.rollout.prompts_per_step,
+            max_lag=self._config.rollout.max_lag,
+            resumed=resume,
+        )
+        if resume and not await self._restore("resumed"):
+            raise CheckpointError(
+                f"{self._folder.checkpoints} holds no usable checkpoint to resume from; start again with --overwrite"
+            )
+        num_losses, lost_at = 0, -1
+        while True:
+            try:
+                await self._train()
+                return self._summary()
+            except LearnerLostError as error:
+                num_losses = num_losses + 1 if self._state.step <= lost_at else 1
+                lost_at = max(lost_at, self._state.step)
+                if num_losses > MAX_LEARNER_LOSSES:
+                    raise
+                await self._restart_learner(error)
+
+    async def _train(self) -> None:
+        """From where the state stands to the end."""
         if self._state.step < self._warm_steps:
             self._view.phase("warm_start", self._warm_steps)
             while self._state.step < self._warm_steps:
                 await self._warm_start_step()
         if self._state.step < self._last_step:
             self._view.phase("train", self._config.num_steps, offset=self._warm_steps)
-            if resume or self._warm_steps == 0:
+            if self._state.step == self._warm_steps:
+                await self._stream.restore(self._state.backlog(), self._state.step)
+            if self._synced != self._state.step:
                 await self._sync_weights()
             if self._state.step == 0:
                 await self._evaluate()
                 await self._write_records()
             while self._state.step < self._last_step:
                 await self._train_step()
-        self._view.waiting("the learner to write the final policy")
-        await self._crew.learner.save_hf(self._folder.policy)
+        with self._waiting("the learner to write the final policy"):
+            await self._crew.learner.save_hf(self._folder.policy)
         if not (self._folder.policy / "config.json").is_file():
             raise CheckpointError(
                 f"the learner wrote the policy to {self._folder.policy}, and it is not there: learner and this process "
                 "see different file systems; give a run_dir that both see and --resume"
             )
-        return self._summary()
+
+    async def _restart_learner(self, error: LearnerLostError) -> None:
+        self._view.note(f"the learner is lost ({error}); it starts anew from the newest checkpoint")
+        self._journal.noted("learner", "lost", reason=str(error), step=self._state.step)
+        await self._stream.stop()
+        self._records = []
+        await self._records_written()
+        self._sync.forget()
+        with self._waiting("the learner to start anew"):
+            await self._crew.learner.restart()
+        self._clock = StageClock()
+        if not await self._restore("the learner was lost"):
+            await self._go_back(self._beginning, Backlog(position=0, in_flight=()), "the learner was lost")
+            self._view.note("no checkpoint yet: the run starts from its beginning")
 
     # -- steps ---------------------------------------------------------------------------------------------------
 
@@ -136,20 +210,21 @@ class Controller:
         warm = self._config.warm_start
         assert warm is not None
         state, clock = self._state, self._clock
-        first = state.position
+        first = state.step * warm.prompts_per_step
+        num_dropped = self._crew.prompts.num_dropped
         pairs = [self._crew.prompts.demonstration(first + i) for i in range(warm.prompts_per_step)]
         data = [
             sequence_datum(f"{state.step + 1:06d}-{i:04d}", prompt.token_ids_P, completion)
             for i, (prompt, completion) in enumerate(pairs)
         ]
-        with clock.stage("learn"):
+        with clock.stage("learn"), self._waiting("the learner"):
             learned = await self._crew.learner.forward_backward(data, CrossEntropy(name="cross_entropy"))
             update = await self._crew.learner.optim_step(warm.adam_params_at(state.step, self._config.learner))
         self._state = replace(
             state,
             step=state.step + 1,
             position=first + len(pairs),
-            prompts_dropped=self._prompts_dropped_before + self._crew.prompts.num_dropped,
+            prompts_dropped=state.prompts_dropped + self._crew.prompts.num_dropped - num_dropped,
         )
         metrics = self._update_metrics(learned, update, self._state.step)
         is_last = self._state.step == self._warm_steps
@@ -162,121 +237,69 @@ class Controller:
         await self._finish_step("warm_start", metrics, checkpoint=is_last or due)
 
     async def _train_step(self) -> None:
-        state = self._state
-        groups = await self._roll_out(state)
+        state, step = self._state, self._state.step + 1
+        self._stream.admit(state.step)
+        self._view.waiting("the samplers and rewards")
+        groups = await self._stream.take(step, self._clock)
+        self._view.waiting(None)
         require_fresh(groups, state.step, self._config.rollout.max_lag)
         batch = build_batch(groups, self._config.advantage, state.baseline or 0.0)
-        self._records.extend(train_records(batch, state.step + 1, None))
+        self._records.extend(train_records(batch, step, None))
         check_missing([e.scored for e in batch.entries], self._config.reward_workers.max_missing_fraction)
-        learned_metrics = await self._learn(batch, state)
+        learned_metrics = await self._learn(batch)
+        self._record_consumed(batch, step)
         self._state = replace(
             state,
-            step=state.step + 1,
-            position=state.position + len(groups),
-            prompts_dropped=self._prompts_dropped_before + self._crew.prompts.num_dropped,
+            step=step,
             baseline=self._next_baseline(batch),
             sampled_tokens=state.sampled_tokens
             + sum(len(e.scored.rollout.completion.token_ids_L) for e in batch.entries),
-        )
+        ).with_backlog(self._stream.backlog())
         metrics = step_metrics(batch, state.step) | learned_metrics | await self._sync_weights()
         if self._is_due(self._config.eval.every):
             metrics |= await self._evaluate()
         metrics["data/prompts_dropped"] = self._state.prompts_dropped
+        metrics |= self._stream.metrics()
         elapsed = self._clock.elapsed()
         self._state = replace(self._state, train_seconds=self._state.train_seconds + elapsed)
         metrics["tokens_per_s"] = metrics["sampler/num_tokens"] / elapsed
-        metrics["sampler/tokens_per_s"] = metrics["sampler/num_tokens"] / self._clock.seconds("sample")
+        if seconds := self._stream.sampling_seconds():
+            metrics["sampler/tokens_per_s"] = metrics["sampler/num_tokens"] / seconds
         await self._finish_step("train", metrics, checkpoint=self._is_due(self._config.checkpoint.every))
 
     # -- stages --------------------------------------------------------------------------------------------------
 
-    async def _roll_out(self, state: RunState) -> list[ScoredGroup]:
-        rollout = self._config.rollout
-        prompts = [self._crew.prompts.prompt(state.position + i) for i in range(rollout.prompts_per_step)]
-        requests = [
-            SampleRequest(
-                group_id=f"{state.step + 1:06d}-{slot:04d}",
-                token_ids_P=prompt.token_ids_P,
-                seeds_G=tuple(
-                    completion_seed(self._config.seed, f"{slot}/{prompt.prompt_id}", state.step, index)
-                    for index in range(rollout.samples_per_prompt)
-                ),
+    async def _learn(self, batch: StepBatch) -> dict[str, float]:
+        step = self._state.step + 1
+
+        def keep_records(learn_input: LearnInput) -> None:
+            self._records = train_records(batch, step, learn_input)
+
+        with self._clock.stage("learn"), self._waiting(f"the learner's step {step}"):
+            learned = await learn(
+                batch,
+                version=self._state.step,
+                rl_step=self._state.step - self._warm_steps,
+                learner=self._crew.learner,
+                config=self._config,
+                on_input=keep_records,
             )
-            for slot, prompt in enumerate(prompts)
-        ]
-        return await self._sample_and_score(prompts, requests, rollout.sampling)
-
-    async def _sample_and_score(
-        self, prompts: Sequence[Prompt], requests: Sequence[SampleRequest], sampling: SamplingConfig, stage: str = ""
-    ) -> list[ScoredGroup]:
-        """Scores each group as it arrives; the result is in the order of the requests."""
-        asked = {request.group_id: (prompt, request) for prompt, request in zip(prompts, requests, strict=True)}
-        scoring: dict[str, asyncio.Task[ScoredGroup]] = {}
-        async with asyncio.TaskGroup() as tasks:
-            with self._clock.stage(stage or "sample"):
-                self._view.waiting(f"{len(requests)} groups from the samplers")
-                async for sample in self._crew.samplers.generate(requests, sampling):
-                    work = self._score(sample, *asked[sample.group_id])
-                    scoring[sample.group_id] = tasks.create_task(work)
-            with self._clock.stage(stage or "score"):
-                self._view.waiting("the last rewards")
-                groups = [await scoring[request.group_id] for request in requests]
-        self._view.waiting(None)
-        return groups
-
-    async def _score(self, sample: GroupSample, prompt: Prompt, request: SampleRequest) -> ScoredGroup:
-        rollouts = [
-            Rollout(
-                rollout_id=f"{sample.group_id}-{index:03d}",
-                prompt=prompt,
-                completion=completion,
-                text=self._crew.prompts.decode(completion.token_ids_L.tolist()),
-                sample_index=index,
-                seed=seed,
-            )
-            for index, (completion, seed) in enumerate(zip(sample.completions_G, request.seeds_G, strict=True))
-        ]
-        components = await self._crew.rewards.score(rollouts)
-        scored = tuple(
-            combine(rollout, found, self._config.rewards) for rollout, found in zip(rollouts, components, strict=True)
-        )
-        return ScoredGroup(group_id=sample.group_id, sampler=sample.sampler, scored_G=scored)
-
-    async def _learn(self, batch: StepBatch, state: RunState) -> dict[str, float]:
-        config = self._config
-        temperature = config.rollout.sampling.temperature
-        learn_input = LearnInput.of(batch)
-        if not learn_input.entries:
-            self._view.note(f"step {state.step + 1}: every group was dropped; nothing to learn from")
+        if learned is None:
+            self._view.note(f"step {step}: every group was dropped; nothing to learn from")
             return {}
-        with self._clock.stage("learn"):
-            self._view.waiting("the learner")
-            if config.correction.name != "none":
-                before = await self._crew.learner.forward(learn_input.data(), temperature)
-                learn_input = correct(learn_input, before, config.correction)
-            learned = await self._crew.learner.forward_backward(
-                learn_input.data(), config.loss, temperature, learn_input.sum_weights
-            )
-            learn_input = learn_input.with_learner_logprobs(learned.logprobs_per_datum)
-            self._records = train_records(batch, state.step + 1, learn_input)
-            gap = learn_input.gap()
-            require_small_gap(gap, config)
-            adam = config.learner.adam_params_at(state.step - self._warm_steps, config.num_steps)
-            update = await self._crew.learner.optim_step(adam)
-        metrics = self._update_metrics(learned, update, state.step + 1)
-        return metrics | gap_metrics(gap) | learn_input.importance_metrics(config.loss, config.correction)
+        return self._update_metrics(learned.output, learned.update, step) | learned.metrics
 
     async def _sync_weights(self) -> dict[str, float]:
-        with self._clock.stage("sync"):
-            self._view.waiting(f"samplers to load weights v{self._state.step}")
+        with self._clock.stage("sync"), self._waiting(f"samplers to load weights v{self._state.step}"):
             report = await self._sync(self._state.step)
+        self._synced = self._state.step
         for sampler in report.resynced:
-            self._view.note(f"{sampler} kept older weights at v{report.version}; it was sent them again and agrees now")
-        return {
-            "sync/probe_max_abs": report.probe_max_abs,
-            "sync/num_bytes": report.num_bytes,
-            "sync/resyncs": len(report.resynced),
-        }
+            self._view.note(f"{sampler} kept older weights at v{report.version}; it was sent them again")
+        for sampler in report.replaced:
+            num = self._stream.distrust(sampler, report.version)
+            self._view.note(f"{sampler} did not take weights v{report.version}; replaced, {num} groups sampled again")
+        metrics = {"sync/num_bytes": report.num_bytes, "sync/resyncs": len(report.resynced)}
+        return metrics | ({} if report.probe_max_abs is None else {"sync/probe_max_abs": report.probe_max_abs})
 
     async def _evaluate(self) -> dict[str, float]:
         config = self._config
@@ -285,7 +308,14 @@ class Controller:
             SampleRequest(group_id=f"eval-{self._state.step:06d}-{i:04d}", token_ids_P=p.token_ids_P, seeds_G=(0,))
             for i, p in enumerate(prompts)
         ]
-        groups = await self._sample_and_score(prompts, requests, config.rollout.sampling.greedy(), stage="eval")
+        asked = {request.group_id: (prompt, request) for prompt, request in zip(prompts, requests, strict=True)}
+        scoring: dict[str, asyncio.Task[ScoredGroup]] = {}
+        with self._clock.stage("eval"), self._waiting(f"the evaluation of {len(requests)} held-out prompts"):
+            async with asyncio.TaskGroup() as tasks:
+                async for sample in self._crew.samplers.generate(requests, config.rollout.sampling.greedy()):
+                    work = self._stream.score(sample, *asked[sample.group_id])
+                    scoring[sample.group_id] = tasks.create_task(work)
+            groups = [scoring[request.group_id].result() for request in requests]
         result = evaluate([g.scored_G[0] for g in groups], config.deciding_reward, config.eval.success_at)
         self._records.extend(eval_records(groups, self._state.step))
         if result.accuracy is None:
@@ -296,6 +326,23 @@ class Controller:
         return _eval_metrics(result, groups)
 
     # -- bookkeeping ---------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _waiting(self, what: str) -> Iterator[None]:
+        self._view.waiting(what)
+        with current_waits().waiting("learner", what, root=True):
+            yield
+        self._view.waiting(None)
+
+    def _record_consumed(self, batch: StepBatch, step: int) -> None:
+        by_group: dict[str, list[str | None]] = {}
+        for entry in batch.entries:
+            by_group.setdefault(entry.datum_id.rpartition("-")[0], []).append(entry.dropped)
+        for order, (group_id, dropped) in enumerate(by_group.items()):
+            if None in dropped:
+                self._journal.trained(group_id, step=step, order=order)
+            else:
+                self._journal.dropped(group_id, step=step, reason=dropped[0] or "")
 
     def _update_metrics(
         self, learned: ForwardBackwardOutput, update: OptimStepOutput, version: int
@@ -320,27 +367,51 @@ class Controller:
         self._clock = StageClock()
         await self._write_records()
         if checkpoint:
-            self._view.waiting(f"checkpoint of step {step}")
             await self._records_written()
-            with self._clock.stage("checkpoint"), self._checkpoints.writing(step) as directory:
-                await self._crew.learner.save_state(directory)
-                save_controller_state(directory, self._state.to_json())
+            with self._clock.stage("checkpoint"), self._waiting(f"the checkpoint of step {step}"):
+                await self._checkpoint(step)
         self._view.step(step, metrics)
 
-    async def _restore(self) -> None:
+    async def _checkpoint(self, step: int) -> None:
+        # What it relies on is on disk before it: a journal without the steps of a checkpoint could prove nothing.
+        backlog = self._stream.backlog() if step > self._warm_steps else self._state.backlog()
+        self._state = self._state.with_backlog(backlog)
+        await self._journal.flush()
+        with self._checkpoints.writing(step) as directory:
+            await self._crew.learner.save_state(directory)
+            await asyncio.to_thread(save_backlog, directory, backlog)
+            save_controller_state(directory, self._state.to_json())
+        self._journal.committed(step=step)
+        await self._journal.flush()
+
+    async def _restore(self, why: str) -> bool:
+        """Goes back to the newest checkpoint that is whole; False when there is none."""
         directory = self._checkpoints.latest()
         if directory is None:
-            raise CheckpointError(
-                f"{self._folder.checkpoints} holds no usable checkpoint to resume from; start again with --overwrite"
-            )
-        self._state = RunState.from_json(load_controller_state(directory))
-        # Nothing was asked of the prompts yet: what they count now, they counted at the start of the first process too.
-        self._prompts_dropped_before = self._state.prompts_dropped - self._crew.prompts.num_dropped
-        await self._crew.learner.load_state(directory)
-        self._checkpoints.truncate_after(self._state.step)
-        self._metrics.truncate_after(self._state.step)
-        truncate_after(self._folder.path, self._state.step)
-        self._view.note(f"resumed from {directory.name}")
+            return False
+        state = RunState.from_json(load_controller_state(directory))
+        backlog = load_backlog(directory, state.backlog())
+        with self._waiting(f"the learner to load {directory.name}"):
+            await self._crew.learner.load_state(directory)
+        await self._go_back(state, backlog, why)
+        self._view.note(f"{why}: continues from {directory.name}")
+        return True
+
+    async def _go_back(self, state: RunState, backlog: Backlog, why: str) -> None:
+        """Undoes every step after the state."""
+        self._state, self._synced = state, None
+        await self._stream.restore(backlog, state.step)
+        left = self._stream.backlog()
+        self._journal.rewound(
+            step=state.step,
+            reason=why,
+            finished=[group.group_id for group in left.finished],
+            in_flight=[group_id_of(position) for position in left.in_flight],
+        )
+        await self._journal.flush()
+        self._checkpoints.truncate_after(state.step)
+        self._metrics.truncate_after(state.step)
+        truncate_after(self._folder.path, state.step)
 
     async def _write_records(self) -> None:
         """Starts writing the rollouts of this step; that goes on while the next step is sampled, never further."""
@@ -353,7 +424,7 @@ class Controller:
     async def _records_written(self) -> None:
         if self._writing is not None:
             writing, self._writing = self._writing, None
-            with self._clock.stage("wait"):
+            with self._clock.stage("wait"), self._waiting("the rollouts to be written"):
                 await writing
 
     def _next_baseline(self, batch: StepBatch) -> float | None:

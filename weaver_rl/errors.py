@@ -59,8 +59,16 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be written or read."""
 
 
+class JournalError(UserError, RuntimeError):
+    """The journal of a run that cannot be written, read or found; names the file and the reason."""
+
+
 class ActorFailedError(WeaverRLError, RuntimeError):
     """An actor died or missed its deadline; names the actor, what it was doing and for how long."""
+
+
+class LearnerLostError(ActorFailedError):
+    """A learner rank died or missed its deadline: the whole group must be started anew."""
 
 
 class EngineError(WeaverRLError, RuntimeError):

@@ -27,7 +27,7 @@ STAGES = ("sample", "score", "learn", "sync", "wait", "eval", "checkpoint")
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """One metric. `<label>` in a name stands for a reward's label."""
+    """One metric. `<label>` in a name stands for a reward's label, `<lag>` for a number of versions."""
 
     name: str
     meaning: str
@@ -55,6 +55,8 @@ METRICS: tuple[Metric, ...] = (
     Metric("advantage/std", "standard deviation of the advantage of the trained rollouts"),
     Metric("groups/trained", "groups in the batch", "groups"),
     Metric("groups/dropped", "groups left out: fewer than two scored rollouts, or too old", "groups"),
+    Metric("groups/in_flight", "groups being sampled or scored ahead of the next step", "groups"),
+    Metric("groups/finished", "groups scored and waiting for a later step", "groups"),
     Metric("groups/zero_advantage_fraction", "share of groups in which every advantage is zero: nothing to learn"),
     Metric("rollout/count", "rollouts of the step", "rollouts"),
     Metric("rollout/length_mean", "mean completion length", "tokens"),
@@ -67,7 +69,10 @@ METRICS: tuple[Metric, ...] = (
     Metric("importance_weights/abs_mean", "mean magnitude of the importance weights"),
     Metric("importance_weights/clipped_fraction", "share of trained tokens whose importance weight the loss clips"),
     Metric("correction/mean", "mean behaviour correction over the trained tokens"),
-    Metric("correction/capped_fraction", "share of trained tokens whose behaviour correction hit its cap"),
+    Metric("correction/capped_fraction", "share of trained tokens whose behaviour correction (tis) hit its cap"),
+    Metric("correction/masked_fraction", "share of trained tokens whose behaviour correction (mis) is 0"),
+    Metric("ratio/ess", "effective sample size of the trained tokens under the ratio learner/sampler, as a share"),
+    Metric("ratio/ess_sequence", "the same of the trained rollouts under the product of their tokens' ratios"),
     Metric("loss", "loss of the batch, normalised by the sum of weights"),
     Metric("loss/sum_weights", "the normaliser: sum of weights over the batch"),
     Metric("grad_norm", "global L2 norm of the gradient before clipping"),
@@ -75,12 +80,13 @@ METRICS: tuple[Metric, ...] = (
     Metric("learner/num_tokens", "input tokens that went through the learner", "tokens"),
     Metric("learner/num_microbatches", "micro-batches that each rank of the learner ran", "micro-batches"),
     Metric("learner/tokens_per_s", "input tokens through the learner per second of learning", "tokens/s", timed=True),
-    Metric("logprob_gap/mean", "mean |learner - sampler| log-probability of the sampled tokens", "nat"),
-    Metric("logprob_gap/max", "largest |learner - sampler| log-probability of a sampled token", "nat"),
-    Metric("logprob_gap/kl", "estimated KL from the sampler's distribution to the learner's", "nat"),
-    Metric("logprob_gap/ess", "effective sample size of the batch under the ratio learner/sampler, as a share"),
+    Metric("logprob_gap/mean", "mean |learner - sampler| log-probability of the tokens of lag 0", "nat"),
+    Metric("logprob_gap/max", "largest |learner - sampler| log-probability of a token of lag 0", "nat"),
+    Metric("logprob_gap/kl", "estimated KL from the sampler's distribution to the learner's at lag 0", "nat"),
+    Metric("logprob_gap/ess", "effective sample size of the tokens of lag 0 under learner/sampler, as a share"),
     Metric("lag/mean", "mean lag of the trained tokens", "versions"),
     Metric("lag/max", "largest lag of a trained token", "versions"),
+    Metric("lag/<lag>/fraction", "share of the trained tokens that have this lag"),
     Metric("weights/version", "version of the weights after the step", "versions"),
     Metric("sync/probe_max_abs", "largest |learner - sampler| log-probability on the probe after the sync", "nat"),
     Metric("sync/num_bytes", "bytes of weights sent to each sampler", "B"),
@@ -99,10 +105,15 @@ METRICS: tuple[Metric, ...] = (
     Metric("seconds/step", "wall time of the step", "s", timed=True),
 )
 
+_PLACEHOLDERS = {"<label>": ".+", "<lag>": "[0-9]+"}
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    return re.compile(re.sub("<[a-z]+>", lambda found: _PLACEHOLDERS[found.group()], re.escape(name)))
+
+
 _EXACT = {metric.name: metric for metric in METRICS if "<" not in metric.name}
-_PATTERNS = tuple(
-    (re.compile(re.escape(metric.name).replace("<label>", ".+")), metric) for metric in METRICS if "<" in metric.name
-)
+_PATTERNS = tuple((_pattern(metric.name), metric) for metric in METRICS if "<" in metric.name)
 
 
 def find_metric(name: str) -> Metric | None:

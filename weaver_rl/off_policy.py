@@ -10,12 +10,20 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from weaver_rl.advantages import LogprobGap, NoCorrection, Tis, logprob_gap
+from weaver_rl.advantages import (
+    Correction,
+    LogprobGap,
+    LogprobGapLimit,
+    NoCorrection,
+    effective_sample_share,
+    log_ratio,
+    logprob_gap,
+)
 from weaver_rl.batch import BatchEntry, StepBatch, completion_part, sequence_datum
-from weaver_rl.config import RunConfig
 from weaver_rl.errors import LogprobGapError
 from weaver_rl.losses.config import CrossEntropy, ImportanceSampling
-from weaver_rl.summation import mean
+from weaver_rl.rollout import SamplingConfig
+from weaver_rl.summation import mean, total
 from weaver_rl.types import Datum, Float32Array, ForwardOutput
 
 
@@ -68,15 +76,32 @@ class LearnInput:
         )
         return replace(self, learner_logprobs=parts)
 
-    def gap(self) -> LogprobGap:
-        """Learner against sampler over all trained tokens."""
-        assert self.learner_logprobs is not None
-        sampler = np.concatenate([entry.scored.rollout.completion.logprobs_L for entry in self.entries])
-        return logprob_gap(np.concatenate(self.learner_logprobs), sampler)
+    def gap(self, version: int) -> LogprobGap | None:
+        """Learner at `version` against sampler, over the trained tokens that were sampled with that same version.
 
-    def importance_metrics(
-        self, loss: CrossEntropy | ImportanceSampling, correction: NoCorrection | Tis
-    ) -> dict[str, float]:
+        Older tokens differ by right: they are left to `ratio_metrics`. None when there are no others.
+        """
+        assert self.learner_logprobs is not None
+        completions = [entry.scored.rollout.completion for entry in self.entries]
+        current_T = np.concatenate([completion.versions_L for completion in completions]) == version
+        if not current_T.any():
+            return None
+        sampler_T = np.concatenate([completion.logprobs_L for completion in completions])
+        return logprob_gap(np.concatenate(self.learner_logprobs)[current_T], sampler_T[current_T])
+
+    def ratio_metrics(self) -> dict[str, float]:
+        """How far off the policy the trained tokens are, of whatever version: figures of the ratios learner/sampler."""
+        assert self.learner_logprobs is not None
+        log_ratios = [
+            log_ratio(learner_L, entry.scored.rollout.completion.logprobs_L)
+            for entry, learner_L in zip(self.entries, self.learner_logprobs, strict=True)
+        ]
+        return {
+            "ratio/ess": effective_sample_share(np.concatenate(log_ratios)),
+            "ratio/ess_sequence": effective_sample_share(np.array([total(values_L) for values_L in log_ratios])),
+        }
+
+    def importance_metrics(self, loss: CrossEntropy | ImportanceSampling, correction: Correction) -> dict[str, float]:
         """Figures about the weights that went into the loss."""
         weights_T = np.concatenate(self.importance_weights)
         clip = loss.clip_ratio if isinstance(loss, ImportanceSampling) else None
@@ -85,16 +110,18 @@ class LearnInput:
             "importance_weights/abs_mean": mean(np.abs(weights_T)),
             "importance_weights/clipped_fraction": mean(np.abs(weights_T) > clip) if clip else 0.0,
         }
-        if self.corrections is not None and isinstance(correction, Tis):
+        if self.corrections is not None and not isinstance(correction, NoCorrection):
             corrections_T = np.concatenate(self.corrections)
-            metrics["correction/mean"] = mean(corrections_T)
-            # A capped factor is the cap up to the rounding of exp(log(cap)) to float32.
-            metrics["correction/capped_fraction"] = mean(np.isclose(corrections_T, correction.cap, rtol=1e-6, atol=0))
+            metrics |= {"correction/mean": mean(corrections_T)} | correction.metrics(corrections_T)
         return metrics
 
 
-def correct(learn_input: LearnInput, forward: ForwardOutput, correction: NoCorrection | Tis) -> LearnInput:
-    """Multiplies the weights by the behaviour correction."""
+def correct(learn_input: LearnInput, forward: ForwardOutput, correction: Correction) -> LearnInput:
+    """Multiplies the weights by the behaviour correction, one rollout at a time.
+
+    A masked token gets importance weight 0 and still counts in `sum_weights`, like one whose advantage is 0: masking
+    makes the step smaller, it does not make the other tokens weigh more. With all masked, loss and gradient are 0.
+    """
     if isinstance(correction, NoCorrection):
         return learn_input
     measured = learn_input.with_learner_logprobs(forward.logprobs_per_datum)
@@ -112,7 +139,10 @@ def _advantage_L(entry: BatchEntry) -> Float32Array:
     return np.full(len(entry.scored.rollout.completion.token_ids_L), entry.advantage, dtype=np.float32)
 
 
-def gap_metrics(gap: LogprobGap) -> dict[str, float]:
+def gap_metrics(gap: LogprobGap | None) -> dict[str, float]:
+    """Nothing where there was nothing to compare."""
+    if gap is None:
+        return {}
     return {
         "logprob_gap/mean": gap.mean,
         "logprob_gap/max": gap.max,
@@ -121,19 +151,22 @@ def gap_metrics(gap: LogprobGap) -> dict[str, float]:
     }
 
 
-def require_small_gap(gap: LogprobGap, config: RunConfig) -> None:
-    """Raises LogprobGapError naming the likely cause when the gap is above the limit. Nothing was updated yet."""
-    if gap.mean <= config.logprob_gap.max_mean:
+def require_small_gap(gap: LogprobGap | None, limit: LogprobGapLimit, likely_cause: str) -> None:
+    """Raises LogprobGapError with the likely cause when the gap is above the limit. Nothing was updated yet.
+
+    None passes: a batch of older tokens alone says nothing about whether the two sides agree.
+    """
+    if gap is None or gap.mean <= limit.max_mean:
         return
     raise LogprobGapError(
-        f"learner and sampler disagree about the sampled tokens: mean |Δ log-probability| {gap.mean:.3g} nats (largest "
-        f"{gap.max:.3g}, effective sample size {gap.ess:.2f}), logprob_gap.max_mean allows "
-        f"{config.logprob_gap.max_mean:g}. {_likely_cause(config)} The step was not trained."
+        "learner and sampler disagree about the tokens that were sampled with the learner's weights: mean "
+        f"|Δ log-probability| {gap.mean:.3g} nats (largest {gap.max:.3g}, effective sample size {gap.ess:.2f}), "
+        f"logprob_gap.max_mean allows {limit.max_mean:g}. {likely_cause} The step was not trained."
     )
 
 
-def _likely_cause(config: RunConfig) -> str:
-    sampling = config.rollout.sampling
+def likely_gap_cause(sampling: SamplingConfig, *, learner_dtype: str, sampler_dtype: str | None) -> str:
+    """Why learner and sampler would disagree under these settings, and what to do; `sampler_dtype` None: unset."""
     filters = [
         f"{name} {value:g}"
         for name, value, off in (
@@ -147,14 +180,13 @@ def _likely_cause(config: RunConfig) -> str:
         return (
             f"Likely cause: rollout.sampling has {', '.join(filters)}; the sampler's probabilities are of the filtered "
             "distribution, the learner's of the whole one. Switch the filter off, or raise the limit and use "
-            "correction.name tis."
+            "correction.name tis or mis."
         )
-    precision = config.sampler.engine_args.get("dtype")
-    if not config.learner.dtype == precision == "float32":
+    if not learner_dtype == sampler_dtype == "float32":
         return (
             "Likely cause: different precision on the two sides (the weights themselves were probed after the last "
-            f"sync); learner.dtype is {config.learner.dtype}, sampler.engine_args.dtype {precision or 'unset'}. Use "
-            "one precision, or raise the limit and use correction.name tis."
+            f"sync); learner.dtype is {learner_dtype}, sampler.engine_args.dtype {sampler_dtype or 'unset'}. Use "
+            "one precision, or raise the limit and use correction.name tis or mis."
         )
     return (
         "The probe found the same weights on both sides, so the likely cause is what lies around them: keys and values "

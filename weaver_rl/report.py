@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import importlib.resources
 import json
+import math
 import statistics
 import string
 import time
@@ -21,6 +22,7 @@ from weaver_rl.report_rollouts import rollouts_section
 from weaver_rl.run_folder import RunFolder, RunStatus, write_atomically
 
 _MAX_COMPONENTS = 5
+_MAX_LAYERS = 8  # colours of the page
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -173,6 +175,7 @@ def _charts(run: RunData) -> str:
     gap = _lines(run, "train", {"mean": "logprob_gap/mean", "max": "logprob_gap/max"})
     length = _lines(run, "train", {"mean": "rollout/length_mean", "max": "rollout/length_max"})
     speed = {"tokens/s": "tokens_per_s"}
+    ess = _lines(run, "train", {"of tokens": "ratio/ess", "of rollouts": "ratio/ess_sequence"})
     training = [
         _line_figure("Reward", "mean of the step", _reward_series(run)),
         _line_figure(
@@ -185,6 +188,8 @@ def _charts(run: RunData) -> str:
         _line_figure(
             "Gradient norm", "before clipping", _lines(run, "train", {"norm": "grad_norm"}, 3), from_zero=True
         ),
+        _lag_figure([line for line in run.lines if line.phase == "train"]),
+        _line_figure("Effective sample size", "share, ratio learner / sampler", ess, y_range=(0, 1)),
         _time_figure([line for line in run.lines if line.phase == "train"]),
     ]
     warm_start = [
@@ -236,6 +241,25 @@ def _line_figure(
     legend = [(one.label, short_number(one.points[-1][1]), one.color) for one in drawn]
     chart = charts.line_chart(drawn, unit=unit, y_range=y_range, from_zero=from_zero, log=log)
     return _figure(title, subtitle, legend, chart)
+
+
+def _lag_figure(lines: Sequence[MetricsLine]) -> str:
+    """Share of each step's trained tokens by lag, stacked; nothing for a run in which every token was of lag 0."""
+    steps = [line for line in lines if "lag/max" in line.values]
+    largest = int(max((line.values["lag/max"] for line in steps), default=0))
+    if not largest:
+        return ""
+    layers = []
+    bins = [range(lag, lag + 1) for lag in range(min(largest, _MAX_LAYERS - 2) + 1)]
+    if largest >= _MAX_LAYERS - 1:
+        bins.append(range(_MAX_LAYERS - 1, largest + 1))
+    for color, lags in enumerate(bins):
+        shares = [math.fsum(line.values.get(f"lag/{lag}/fraction", 0.0) for lag in lags) for line in steps]
+        label = str(lags[0]) if len(lags) == 1 else f"{lags[0]} or more"
+        points = [(float(line.step), share) for line, share in zip(steps, shares, strict=True)]
+        layers.append(Series(label=label, points=points, color=color))
+    legend = [(layer.label, f"{statistics.fmean(y for _, y in layer.points):.1%}", layer.color) for layer in layers]
+    return _figure("Lag", "share of the trained tokens, in versions", legend, charts.stacked_chart(layers))
 
 
 def _time_figure(lines: Sequence[MetricsLine]) -> str:

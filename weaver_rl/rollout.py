@@ -35,19 +35,25 @@ class RolloutConfig(Section):
     """Groups in the batch of one step."""
     samples_per_prompt: int = Field(default=8, ge=1)
     """Completions in a group."""
-    max_lag: int = Field(default=0, ge=0, le=0)
-    """Versions a trained token may be behind the learner. 0 is synchronous, the only mode so far."""
+    max_lag: int = Field(default=0, ge=0)
+    """Versions a trained token may be behind the learner. 0 is synchronous; with K the samplers work up to K steps
+    ahead while the learner trains, and new weights are loaded while they generate."""
     sampling: SamplingConfig = SamplingConfig()
     """How completions are drawn."""
     timeout_s: float = Field(default=1800.0, gt=0)
-    """Seconds; a step's sampling that takes longer stops the run, naming the sampler."""
+    """Seconds a sampler may take for the groups of one dispatch; then it is replaced and others are given them."""
 
 
-def completion_seed(run_seed: int, prompt_id: str, step: int, sample_index: int) -> int:
+def group_id_of(position: int) -> str:
+    """Names the group of the prompt at a position of the training stream."""
+    return f"{position:08d}"
+
+
+def completion_seed(run_seed: int, position: int, prompt_id: str, sample_index: int) -> int:
     """Seed of one completion, in [0, 2**63): the same for the same arguments in every process and Python.
 
     Every completion has its own, because vLLM's `n > 1` with a seed repeats itself and its engine seed repeats
-    across replicas.
+    across replicas. Whoever samples a group again, after a loss or a resume, draws with the same seeds.
     """
-    text = f"{run_seed}\x00{prompt_id}\x00{step}\x00{sample_index}".encode()
+    text = f"{run_seed}\x00{position}\x00{prompt_id}\x00{sample_index}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1

@@ -102,6 +102,12 @@ def write_rollouts(run_dir: Path, step: int, records: Iterable[RecordedRollout])
     """Writes the rollouts of one step, durably and whole or not at all; an earlier file of that step is replaced."""
     path = rollouts_file(run_dir, step)
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, step, records)
+    return path
+
+
+def write_file(path: Path, step: int, records: Iterable[RecordedRollout]) -> None:
+    """Writes rollouts of one step into a file, durably and whole or not at all."""
     aside = path.with_name(f".writing-{path.name}")
     remaining = iter(records)
     try:
@@ -115,7 +121,6 @@ def write_rollouts(run_dir: Path, step: int, records: Iterable[RecordedRollout])
     finally:
         aside.unlink(missing_ok=True)
     fsync_directory(path.parent)
-    return path
 
 
 def recorded_steps(run_dir: Path) -> list[int]:
@@ -128,13 +133,17 @@ def recorded_steps(run_dir: Path) -> list[int]:
 def read_rollouts(run_dir: Path, steps: Iterable[int] | None = None) -> Iterator[RecordedRollout]:
     """The rollouts of a run (of `steps`, if given) in order, reading a chunk at a time."""
     for step in recorded_steps(run_dir) if steps is None else steps:
-        path = rollouts_file(run_dir, step)
-        try:
-            with pq.ParquetFile(path) as file:
-                for chunk in file.iter_batches(batch_size=ROWS_PER_CHUNK):
-                    yield from map(_from_row, chunk.to_pylist())
-        except (pa.ArrowInvalid, OSError, KeyError) as error:
-            raise UserError(f"{path} is no file of rollouts: {error}") from error
+        yield from read_file(rollouts_file(run_dir, step))
+
+
+def read_file(path: Path) -> Iterator[RecordedRollout]:
+    """The rollouts of one file in order, reading a chunk at a time."""
+    try:
+        with pq.ParquetFile(path) as file:
+            for chunk in file.iter_batches(batch_size=ROWS_PER_CHUNK):
+                yield from map(_from_row, chunk.to_pylist())
+    except (pa.ArrowInvalid, OSError, KeyError) as error:
+        raise UserError(f"{path} is no file of rollouts: {error}") from error
 
 
 def truncate_after(run_dir: Path, step: int) -> None:

@@ -106,6 +106,21 @@ class RunFolder:
         return self.path / "run.json"
 
     @property
+    def journal(self) -> Path:
+        """What happened to every prompt."""
+        return self.path / "journal.sqlite"
+
+    @property
+    def scale_file(self) -> Path:
+        """How many samplers a person asked the running run for."""
+        return self.path / "samplers.txt"
+
+    @property
+    def live_file(self) -> Path:
+        """What the run waits for just now, for `weaver-rl status`."""
+        return self.path / "live.json"
+
+    @property
     def metrics_file(self) -> Path:
         return self.path / "metrics.jsonl"
 
@@ -246,7 +261,17 @@ class RunFolder:
         for path in (self.tensorboard, self.rollouts, self.checkpoints, self.policy, self.logs):
             if path.is_dir():
                 shutil.rmtree(path)
-        for path in (self.config_json, self.config_yaml, self.report, self.metrics_file, self.status_file):
+        for path in (
+            self.config_json,
+            self.config_yaml,
+            self.report,
+            self.metrics_file,
+            self.live_file,
+            self.scale_file,
+            self.journal,
+            *self.path.glob(f"{self.journal.name}-*"),
+            self.status_file,
+        ):
             path.unlink(missing_ok=True)
 
 

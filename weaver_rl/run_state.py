@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 from weaver_rl.errors import CheckpointError
+from weaver_rl.group_stream import Backlog
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -19,7 +20,9 @@ class RunState:
     step: int = 0
     """Optimizer updates done, over all phases; also the version of the weights."""
     position: int = 0
-    """Prompts taken from the training stream."""
+    """The next prompt of the training stream that was never asked for."""
+    in_flight: tuple[int, ...] = ()
+    """Positions before it that were asked for and neither trained nor finished: they are sampled again."""
     prompts_dropped: int = 0
     """Training prompts left out so far because they were too long."""
     baseline: float | None = None
@@ -34,6 +37,18 @@ class RunState:
     def with_accuracy(self, accuracy: float) -> RunState:
         return replace(self, accuracies=self.accuracies | {str(self.step): accuracy})
 
+    def backlog(self) -> Backlog:
+        """What was admitted and not trained; the finished groups are in a file of their own."""
+        return Backlog(position=self.position, in_flight=self.in_flight, prompts_dropped=self.prompts_dropped)
+
+    def with_backlog(self, backlog: Backlog) -> RunState:
+        return replace(
+            self,
+            position=backlog.position,
+            in_flight=backlog.in_flight,
+            prompts_dropped=backlog.prompts_dropped,
+        )
+
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -46,4 +61,4 @@ class RunState:
                 f"controller state has the keys {sorted(raw)}, this version needs {sorted(names)}; "
                 "resume with the version that wrote it"
             )
-        return RunState(**raw)
+        return RunState(**raw | {"in_flight": tuple(raw["in_flight"])})

@@ -13,7 +13,6 @@ def step_metrics(batch: StepBatch, version: int) -> dict[str, float]:
     """Rewards, advantages, groups, lengths and lag of a step's batch; `version` is the learner's while it was made."""
     completions = [entry.scored.rollout.completion for entry in batch.entries]
     lengths = np.array([len(c.token_ids_L) for c in completions])
-    lags = version - np.concatenate([c.versions_L for c in completions])
     logprobs = np.concatenate([c.logprobs_L for c in completions])
     stops = [c.stop_reason for c in completions]
     metrics = {
@@ -23,8 +22,6 @@ def step_metrics(batch: StepBatch, version: int) -> dict[str, float]:
         "rollout/truncated_fraction": stops.count("length") / len(stops),
         "rollout/logprob_mean": mean(logprobs),
         "sampler/num_tokens": lengths.sum(),
-        "lag/mean": mean(lags),
-        "lag/max": lags.max(),
         "groups/trained": batch.num_groups - batch.num_groups_dropped,
         "groups/dropped": batch.num_groups_dropped,
         "groups/zero_advantage_fraction": batch.num_groups_without_signal / batch.num_groups,
@@ -41,10 +38,22 @@ def step_metrics(batch: StepBatch, version: int) -> dict[str, float]:
     advantages = np.array([entry.advantage for entry in batch.trained()], dtype=np.float64)
     if len(advantages):
         metrics |= {"advantage/mean": mean(advantages), "advantage/std": std(advantages)}
+    metrics |= _lag_metrics(batch, version)
     components = [component for entry in batch.entries for component in entry.scored.components]
     for name in dict.fromkeys(component.name for component in components):
         metrics |= _component_metrics(name, [c for c in components if c.name == name])
     return {name: float(value) for name, value in metrics.items()}
+
+
+def _lag_metrics(batch: StepBatch, version: int) -> dict[str, float]:
+    """Of the trained tokens; the histogram has every lag from 0 to the largest. Nothing where no token was trained."""
+    versions = [entry.scored.rollout.completion.versions_L for entry in batch.trained()]
+    lags_T = version - np.concatenate(versions) if versions else np.empty(0, dtype=np.int64)
+    if not len(lags_T):
+        return {}
+    counts = np.bincount(lags_T).tolist()
+    fractions = {f"lag/{lag}/fraction": count / len(lags_T) for lag, count in enumerate(counts)}
+    return {"lag/mean": mean(lags_T), "lag/max": lags_T.max(), **fractions}
 
 
 def _component_metrics(name: str, components: list[RewardComponent]) -> dict[str, float]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
@@ -15,10 +14,9 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from weaver_rl.terminal_panel import Progress, draw_panel, duration, step_line
+from weaver_rl.terminal_panel import Progress, draw_panel, step_line
 
 SECONDS_BETWEEN_LINES = 1.0
-SILENCE_BEFORE_A_WAIT_IS_TOLD_S = 10.0
 
 
 class LiveView(Protocol):
@@ -34,7 +32,7 @@ class LiveView(Protocol):
         """An evaluation is done with the weights after `step`."""
 
     def waiting(self, reason: str | None) -> None:
-        """What the run waits for from now on; None, or the next step, ends it."""
+        """What the run waits for from now on; None, or the next step, ends it. A stall is a `note` (stall_watch)."""
 
     def note(self, text: str) -> None:
         """A line that stays."""
@@ -116,30 +114,19 @@ class LivePanel:
 
 
 class LogLines:
-    """One line per step, at most one a second; the first and last of a phase and evaluations always.
+    """One line per step, at most one a second; the first and last of a phase, evaluations and notes always."""
 
-    A wait is told only when it lasts, so that short ones do not drown the steps: after 10 s, then ever more rarely.
-    """
-
-    def __init__(
-        self,
-        console: Console,
-        clock: Callable[[], float] = time.monotonic,
-        silence_s: float = SILENCE_BEFORE_A_WAIT_IS_TOLD_S,
-    ) -> None:
+    def __init__(self, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
         self._console = console
         self._clock = clock
-        self._silence_s = silence_s
         self._progress = Progress(started_at=clock())
         self._printed_at = float("-inf")
-        self._timer: threading.Timer | None = None
 
     def phase(self, name: str, total_steps: int, offset: int = 0) -> None:
         self._progress = self._progress.begin(name, total_steps, offset, self._clock())
         self._print(f"{name}: {total_steps} steps")
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
-        self._stop_timer()
         before = self._progress
         self._progress = before.after_step(step, metrics, self._clock())
         due = self._clock() - self._printed_at >= SECONDS_BETWEEN_LINES
@@ -152,31 +139,10 @@ class LogLines:
         self._print(f"{self._progress.phase} step {step} | eval accuracy {accuracy:.3f}")
 
     def waiting(self, reason: str | None) -> None:
-        if reason == self._progress.waiting:
-            return
-        self._stop_timer()
-        self._progress = self._progress.while_waiting(reason, self._clock())
-        if reason is not None:
-            self._start_timer(reason, self._silence_s, waited_s=self._silence_s)
+        """Nothing: waits are short, and the stall watch tells those that are not, with their cause."""
 
     def note(self, text: str) -> None:
         self._print(text)
-
-    def _start_timer(self, reason: str, delay_s: float, waited_s: float) -> None:
-        self._timer = threading.Timer(delay_s, self._tell_wait, (reason, waited_s))
-        self._timer.daemon = True
-        self._timer.start()
-
-    def _tell_wait(self, reason: str, waited_s: float) -> None:
-        if self._progress.waiting != reason:
-            return
-        self._print(f"waiting for {duration(waited_s)}: {reason}")
-        self._start_timer(reason, delay_s=2 * waited_s, waited_s=3 * waited_s)
-
-    def _stop_timer(self) -> None:
-        self._progress = replace(self._progress, waiting=None)
-        if self._timer is not None:
-            self._timer.cancel()
 
     def _print(self, text: str) -> None:
         stamp = time.strftime("%H:%M:%S")
@@ -188,4 +154,4 @@ class LogLines:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop_timer()
+        """Nothing to give back."""

@@ -5,7 +5,7 @@ Suffixes name axes: `_P` tokens of a prompt, `_L` of a completion, `_N` of a dat
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -78,6 +78,16 @@ def _completion(token_ids_L: Any, logprobs_L: Any, versions_L: Any, stop_reason:
         versions_L=unpack(versions_L),
         stop_reason=stop_reason,
     )
+
+
+def oldest_version(completions: Iterable[Completion]) -> int:
+    """Version of the oldest token."""
+    return min(int(c.versions_L.min()) for c in completions if len(c.versions_L))
+
+
+def newest_version(completions: Iterable[Completion]) -> int:
+    """Version of the newest token."""
+    return max(int(c.versions_L.max()) for c in completions if len(c.versions_L))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -187,6 +187,10 @@ class FakeLearner:
         gradient, self.gradient = self.gradient, 0.0
         return OptimStepOutput(grad_norm=abs(gradient), learning_rate=params.learning_rate)
 
+    async def restart(self) -> None:
+        self.calls.append(("restart",))
+        self.theta, self.steps, self.gradient = 0.3, 0, 0.0
+
     async def publish_weights(self, version: int) -> PublishedWeights:
         self.calls.append(("publish_weights", version))
         return PublishedWeights(version=version, handle=self.theta, num_bytes=8)
@@ -257,8 +261,19 @@ class FakeSamplers:
         logprobs = [fake_logprob(self._theta[name], p, t) + lie for p, t in zip(before, tokens, strict=True)]
         return make_completion(tokens, logprobs=logprobs, version=version)
 
+    async def ready(self) -> None:
+        pass
+
+    def bring_up_with(self, bring_up: Any) -> None:
+        pass
+
+    def replace(self, name: str, reason: str) -> None:
+        self.calls.append(("replace", name))
+        self._theta[name], self._version[name] = self._newest.handle, self._newest.version
+
     async def load_weights(self, weights: PublishedWeights, only: str | None = None) -> None:
         self.calls.append(("load_weights", weights.version, only))
+        self._newest = weights
         await asyncio.sleep(0)
         for name in self.names if only is None else (only,):
             left = self._ignored.get((name, weights.version), 0)

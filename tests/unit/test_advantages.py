@@ -12,7 +12,17 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pydantic import ValidationError
 
-from weaver_rl.advantages import Grpo, MeanCentered, Reinforce, Rloo, Tis, group_advantages, logprob_gap
+from weaver_rl.advantages import (
+    Grpo,
+    MeanCentered,
+    Mis,
+    Reinforce,
+    Rloo,
+    Tis,
+    effective_sample_share,
+    group_advantages,
+    logprob_gap,
+)
 
 pytestmark = pytest.mark.unit
 
@@ -118,11 +128,116 @@ def test_tis_is_the_ratio_up_to_its_cap():
     assert found == pytest.approx([0.5, 1.0, 5 / 3, 2.0], rel=1e-6)
 
 
-@given(learner=logprobs, cap=st.floats(0.125, 16, width=32))
-def test_tis_stays_in_its_range(learner, cap):
-    found = Tis(cap=cap)(learner, learner[::-1].copy())
-    assert (found > 0).all()
-    assert (found <= cap * (1 + 1e-6)).all()
+LEARNER = np.log(np.array([0.1, 0.4, 0.5, 0.9], np.float32))
+SAMPLER = np.log(np.array([0.2, 0.4, 0.3, 0.01], np.float32))
+RATIOS = [0.5, 1.0, 5 / 3, 90.0]
+
+
+def test_mis_is_the_ratio_within_its_bounds_and_else_0():
+    assert Mis(max_ratio=2.0)(LEARNER, SAMPLER) == pytest.approx([0.5, 1.0, 5 / 3, 0.0], rel=1e-6)
+    assert Mis(min_ratio=0.75, max_ratio=100)(LEARNER, SAMPLER) == pytest.approx([0.0, 1.0, 5 / 3, 90.0], rel=1e-5)
+    assert Mis(max_ratio=2.0)(LEARNER, SAMPLER).dtype == np.float32
+
+
+def test_mis_with_both_bounds_at_1_keeps_what_is_on_policy():
+    assert Mis(min_ratio=1.0, max_ratio=1.0)(LEARNER, SAMPLER).tolist() == [0.0, 1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(
+    ("correction", "factor"),
+    [
+        (Tis(cap=100, level="sequence"), 75.0),
+        (Tis(cap=3, level="sequence"), 3.0),
+        (Mis(max_ratio=100, level="sequence"), 75.0),
+        (Mis(max_ratio=74, level="sequence"), 0.0),
+    ],
+)
+def test_a_sequence_has_one_factor_from_the_product_of_its_ratios(correction, factor):
+    assert math.prod(RATIOS) == 75
+    assert correction(LEARNER, SAMPLER) == pytest.approx([factor] * 4, rel=1e-5)
+
+
+def test_mis_masks_a_whole_rollout_below_its_lower_bound():
+    assert not Mis(min_ratio=0.5, max_ratio=4, level="sequence")(SAMPLER, LEARNER).any()
+    assert Mis(max_ratio=4, level="sequence")(SAMPLER, LEARNER) == pytest.approx([1 / 75] * 4, rel=1e-5)
+
+
+@st.composite
+def policies(draw):
+    """Log-probabilities (L,) of a rollout under learner and sampler, as far apart as float32 tokens can be."""
+    size = draw(st.integers(0, 40))
+    values = hnp.arrays(np.float32, size, elements=st.floats(-1e4, 0, width=32) | st.sampled_from([-1e4, 0.0]))
+    return draw(values), draw(values)
+
+
+levels = st.sampled_from(["token", "sequence"])
+above_1 = st.floats(1, 1e6)
+below_1 = st.floats(1e-6, 1)
+
+
+def straightforward(learner: np.ndarray, sampler: np.ndarray, level: str) -> list[float]:
+    """The ratios by the formula, infinite where float64 ends."""
+    logs = [float(a) - float(b) for a, b in zip(learner, sampler, strict=True)]
+    if level == "sequence":
+        logs = [math.fsum(logs)] * len(logs)
+    return [math.exp(log) if log < 700 else math.inf for log in logs]
+
+
+@given(pair=policies(), cap=st.floats(0.125, 1e6), level=levels)
+def test_tis_is_the_straightforward_formula_and_stays_finite(pair, cap, level):
+    found = Tis(cap=cap, level=level)(*pair)
+    assert found.dtype == np.float32
+    assert ((found >= 0) & (found <= np.float32(cap))).all()
+    assert found == pytest.approx([min(r, cap) for r in straightforward(*pair, level)], rel=1e-5, abs=1e-37)
+
+
+@given(pair=policies(), low=st.none() | below_1, high=above_1, level=levels)
+def test_mis_is_the_straightforward_formula_and_stays_finite(pair, low, high, level):
+    found = Mis(min_ratio=low, max_ratio=high, level=level)(*pair)
+    assert found.dtype == np.float32
+    for factor, ratio in zip(found.tolist(), straightforward(*pair, level), strict=True):
+        if any(bound is not None and ratio == pytest.approx(bound, rel=1e-12) for bound in (low, high)):
+            continue  # on which side of a bound an equal ratio falls is a matter of rounding
+        expected = ratio if (low or 0.0) <= ratio <= high else 0.0
+        assert factor == pytest.approx(expected, rel=1e-5, abs=1e-37)
+
+
+@given(pair=policies(), cap=above_1)
+def test_where_mis_keeps_a_token_it_is_tis(pair, cap):
+    truncated, masked = Tis(cap=cap)(*pair), Mis(max_ratio=cap)(*pair)
+    kept = masked > 0
+    assert masked[kept] == pytest.approx(truncated[kept], rel=1e-6)
+
+
+@given(pair=policies(), level=levels)
+def test_on_policy_every_factor_is_exactly_1(pair, level):
+    learner, _ = pair
+    for correction in (Tis(level=level), Mis(min_ratio=0.9, max_ratio=1.1, level=level)):
+        assert correction(learner, learner.copy()).tolist() == [1.0] * len(learner)
+
+
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_a_log_probability_that_is_no_number_is_not_masked_in_silence(level):
+    learner, sampler = np.array([np.nan, -1.0], np.float32), np.array([-1.0, -1.0], np.float32)
+    for correction in (Tis(level=level), Mis(level=level)):
+        assert np.isnan(correction(learner, sampler)[0])
+
+
+def test_figures_of_a_correction():
+    factors = np.array([0.0, 0.1, 1.0, 0.3], np.float32)
+    assert Tis(cap=0.3).metrics(factors) == {"correction/capped_fraction": 0.25}
+    assert Mis().metrics(factors) == {"correction/masked_fraction": 0.25}
+
+
+@given(pair=policies(), cap=st.floats(0.125, 1e6))
+def test_every_ratio_above_the_cap_is_counted_as_capped(pair, cap):
+    learner, sampler = pair
+    if len(learner) == 0:
+        return
+    ratios = straightforward(learner, sampler, "token")
+    found = Tis(cap=cap).metrics(Tis(cap=cap)(learner, sampler))["correction/capped_fraction"]
+    surely, perhaps = (sum(r > cap * (1 + side) for r in ratios) / len(ratios) for side in (1e-6, -1e-6))
+    assert surely <= found <= perhaps
 
 
 def test_tis_of_a_huge_ratio_is_the_cap_without_overflow():
@@ -130,9 +245,21 @@ def test_tis_of_a_huge_ratio_is_the_cap_without_overflow():
         assert Tis(cap=3.0)(np.array([0.0], np.float32), np.array([-1e4], np.float32)) == pytest.approx([3.0])
 
 
-def test_cap_must_be_positive():
-    with pytest.raises(ValidationError):
-        Tis(cap=0.0)
+@pytest.mark.parametrize(
+    ("kind", "values"),
+    [
+        (Tis, {"cap": 0.0}),
+        (Tis, {"cap": 1e7}),
+        (Tis, {"level": "geometric"}),
+        (Mis, {"max_ratio": 0.9}),
+        (Mis, {"max_ratio": 1e7}),
+        (Mis, {"min_ratio": 1.1}),
+        (Mis, {"min_ratio": 0.0}),
+    ],
+)
+def test_bounds_that_would_mask_or_overflow_what_is_on_policy_are_refused(kind, values):
+    with pytest.raises(ValidationError, match=next(iter(values))):
+        kind(**values)
 
 
 # -- the gap ---------------------------------------------------------------------------------------------------------
@@ -164,6 +291,20 @@ def test_gap_stays_in_its_ranges(data, learner):
     assert gap.kl >= 0
     assert 0 < gap.ess <= 1
     assert gap.ess >= 1 / size - 1e-9
+
+
+@pytest.mark.parametrize(
+    ("ratios", "share"), [([3.0, 3.0, 3.0], 1.0), ([1.0, 0.0, 0.0, 0.0], 0.25), ([1.0, 2.0, 3.0], 36 / (3 * 14))]
+)
+def test_effective_sample_share_by_hand(ratios, share):
+    with np.errstate(divide="ignore"):
+        logs = np.log(np.array(ratios))
+    assert effective_sample_share(logs) == pytest.approx(share)
+    assert effective_sample_share(logs + 5000.0) == pytest.approx(share)
+
+
+def test_effective_sample_share_of_nan_is_not_a_good_one():
+    assert math.isnan(effective_sample_share(np.array([0.0, np.nan])))
 
 
 def test_gap_of_a_wild_token_is_still_a_number():

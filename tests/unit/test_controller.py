@@ -15,15 +15,23 @@ from weaver_rl.checkpoints import Checkpoints
 from weaver_rl.config import RunConfig
 from weaver_rl.controller import Controller, Crew, RunSummary
 from weaver_rl.errors import CheckpointError, LogprobGapError, MissingRewardsError, WeightSyncError
+from weaver_rl.journal import Journal
 from weaver_rl.metrics import METRICS, MetricsWriter, deterministic_part, find_metric, read_metrics
 from weaver_rl.rollout_files import read_rollouts, recorded_steps, write_rollouts
 from weaver_rl.run_folder import RunFolder
+from weaver_rl.types import Rollout
 from weaver_rl.weights.probe import probe_token_ids
 from weaver_rl.weights.sync import WeightSync
 
 pytestmark = pytest.mark.unit
 
 PROBE = probe_token_ids(12, 16)
+STEP_4 = ("00000009", "00000010", "00000011")
+"""Groups of the second step of reinforcement learning: two warm-start steps took six prompts, step 3 three."""
+
+
+def group_of(rollout: Rollout) -> str:
+    return rollout.rollout_id.rpartition("-")[0]
 
 
 class Run:
@@ -43,7 +51,7 @@ class Run:
         self.tasks_left: list[asyncio.Task[Any]] = []
 
     async def _go(self, resume: bool) -> RunSummary:
-        with MetricsWriter(self.folder) as metrics:
+        with MetricsWriter(self.folder) as metrics, Journal(self.folder.journal) as journal:
             controller = Controller(
                 config=self.config,
                 crew=Crew(
@@ -53,6 +61,7 @@ class Run:
                 folder=self.folder,
                 checkpoints=Checkpoints(self.folder.checkpoints, self.config.checkpoint.keep),
                 metrics=metrics,
+                journal=journal,
                 view=self.view,
             )
             try:
@@ -146,8 +155,9 @@ def test_order_of_one_training_step(whole: Run):
         if call[0] == "load_weights":
             loaded = call[1]
         if call[0] == "generate":
-            step = int(call[1][0].split("-")[-2])
-            assert loaded == (step if call[1][0].startswith("eval") else step - 1)
+            group_id = call[1][0]
+            is_eval = group_id.startswith("eval")
+            assert loaded == (int(group_id.split("-")[1]) if is_eval else 2 + (int(group_id) - 6) // 3)
 
 
 def test_prompts_are_taken_once_and_in_order(whole: Run):
@@ -166,10 +176,12 @@ def test_recorded_importance_weights_are_the_advantage_on_every_token(whole: Run
     assert all(r.used_in_training for r in records)
     for record in records:
         assert record.importance_weights_L is not None
-        assert record.learner_logprobs_L is not None
         completion = record.scored.rollout.completion
         assert record.importance_weights_L == pytest.approx([record.advantage] * len(completion.token_ids_L))
-        assert record.learner_logprobs_L == pytest.approx(completion.logprobs_L)
+        # Without an advantage there is nothing to learn from it: it is left out of the forward.
+        assert (record.learner_logprobs_L is None) == (record.advantage == 0)
+        if record.learner_logprobs_L is not None:
+            assert record.learner_logprobs_L == pytest.approx(completion.logprobs_L)
 
 
 def test_seconds_of_a_step_add_up(whole: Run):
@@ -179,9 +191,17 @@ def test_seconds_of_a_step_add_up(whole: Run):
 
 
 def test_every_metric_of_the_table_is_written(tmp_path: Path):
-    run = Run(tmp_path, make_config(correction={"name": "tis"}))
-    run.go()
-    lines = list(read_metrics(run.folder.metrics_file))
+    lines = []
+    for correction in ({"name": "tis"}, {"name": "mis", "min_ratio": 0.7}):
+        (tmp_path / correction["name"]).mkdir()
+        config = make_config(correction=correction, logprob_gap={"max_mean": 1.0})
+        # Half a nat too high from version 3 on: a ratio of 0.61, which mis masks everywhere.
+        run = Run(tmp_path / correction["name"], config, lie_from_version=3)
+        run.go()
+        lines += read_metrics(run.folder.metrics_file)
+    masked = {line.step: line.values["correction/masked_fraction"] for line in lines[-4:]}
+    assert masked == {3: 0.0, 4: 1.0, 5: 1.0, 6: 1.0}
+    assert [line.values["loss"] for line in lines[-3:]] == [0.0, 0.0, 0.0]
     written = {metric.name for line in lines for name in line.values if (metric := find_metric(name))}
     assert written == {metric.name for metric in METRICS}
     assert all(line.values["learner/num_microbatches"] == 1 for line in lines)
@@ -272,7 +292,7 @@ def test_correction_asks_the_learner_before_the_update(tmp_path: Path):
 
 def test_missing_rewards_over_the_limit_stop_the_run_with_reasons(tmp_path: Path):
     run = Run(tmp_path)
-    run.rewards.missing = lambda rollout: rollout.rollout_id.startswith("000004") and rollout.sample_index > 1
+    run.rewards.missing = lambda rollout: group_of(rollout) in STEP_4 and rollout.sample_index > 1
     with pytest.raises(MissingRewardsError, match=r"6 of 12 .* 25\.0%[\s\S]*6 × task raised ZeroDivisionError"):
         run.go()
     assert [step for step, _, _ in run.metrics()] == [1, 2, 3]
@@ -283,7 +303,7 @@ def test_missing_rewards_over_the_limit_stop_the_run_with_reasons(tmp_path: Path
 
 def test_missing_rewards_below_the_limit_are_left_out_and_counted(tmp_path: Path):
     run = Run(tmp_path)
-    run.rewards.missing = lambda rollout: rollout.rollout_id.startswith("000004-0001") and rollout.sample_index != 2
+    run.rewards.missing = lambda rollout: group_of(rollout) == STEP_4[1] and rollout.sample_index != 2
     run.go()
     values = {step: v for step, _, v in run.metrics()}[4]
     assert values["groups/dropped"] == 1
@@ -292,13 +312,13 @@ def test_missing_rewards_below_the_limit_are_left_out_and_counted(tmp_path: Path
     dropped = [r for r in read_rollouts(tmp_path, [4]) if r.dropped]
     assert {r.dropped for r in dropped} == {"group dropped: 1 of 4 rollouts scored, 2 needed"}
     assert len(dropped) == 4
-    trained = next(call for call in run.calls if call[0] == "forward_backward" and call[2][0].startswith("000004"))
+    trained = next(call for call in run.calls if call[0] == "forward_backward" and call[2][0][:8] in STEP_4)
     assert len(trained[2]) == 8
 
 
 def test_a_step_without_any_group_updates_nothing(tmp_path: Path):
     run = Run(tmp_path, make_config(reward_workers={"max_missing_fraction": 1.0}))
-    run.rewards.missing = lambda rollout: rollout.rollout_id.startswith("000004")
+    run.rewards.missing = lambda rollout: group_of(rollout) in STEP_4
     run.go()
     assert run.names().count("optim_step") == 5
     assert [step for step, _, _ in run.metrics()] == [1, 2, 3, 4, 5, 6]
@@ -339,7 +359,7 @@ def test_resume_equals_the_uninterrupted_run(tmp_path: Path, whole: Run, interru
     assert summary.state.accuracies == whole.summary.state.accuracies
     assert after.learning() == whole.learning()[-len(after.learning()) :]
     # A group that was sampled but not trained is sampled again, from the same prompts.
-    assert any("resumed from" in note for note in after.view.notes)
+    assert any("resumed: continues from" in note for note in after.view.notes)
 
 
 def test_resume_of_a_finished_run_only_writes_the_policy_again(tmp_path: Path):
@@ -450,12 +470,20 @@ def test_a_sampler_that_misses_one_load_is_resynced_noted_and_counted(tmp_path: 
     assert run.rollouts() == whole.rollouts()
 
 
-def test_a_sampler_that_misses_two_loads_fails_the_run_by_name(tmp_path: Path):
-    run = Run(tmp_path, loads_ignored={("sampler-1", 4): 2})
-    with pytest.raises(WeightSyncError, match=r"^sampler-1 does not use weights v4: .*after two loads"):
+def test_a_sampler_that_never_agreed_fails_the_run_by_name(tmp_path: Path):
+    run = Run(tmp_path, loads_ignored={("sampler-1", 2): 2})
+    with pytest.raises(WeightSyncError, match=r"^sampler-1 does not use weights v2: .*after two loads"):
         run.go()
-    assert [call[1] for call in run.calls if call[0] == "load_weights"] == [2, 3, 4, 4]
-    assert run.tasks_left == []
+    assert "generate" not in run.names()
+
+
+def test_a_sampler_that_stops_agreeing_is_replaced_and_nothing_of_it_is_trained(tmp_path: Path, whole: Run):
+    run = Run(tmp_path, loads_ignored={("sampler-1", 4): 2})
+    run.go()
+    assert ("replace", "sampler-1") in run.calls
+    assert any("sampler-1 did not take weights v4; replaced" in note for note in run.view.notes)
+    assert run.rollouts() == whole.rollouts()
+    assert run.learner.theta == whole.learner.theta
 
 
 # -- ends ------------------------------------------------------------------------------------------------------------

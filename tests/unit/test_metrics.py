@@ -154,6 +154,12 @@ def test_a_reward_label_may_be_any_text(label):
     assert find_metric("reward//mean") is None
 
 
+def test_a_lag_is_a_number():
+    assert find_metric("lag/0/fraction").name == find_metric("lag/12/fraction").name == "lag/<lag>/fraction"
+    assert find_metric("lag/x/fraction") is None
+    assert find_metric("lag//fraction") is None
+
+
 def test_importing_metrics_pulls_in_neither_torch_nor_ray():
     code = "import sys, weaver_rl.metrics; sys.exit(bool({'torch', 'ray', 'vllm', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -115,6 +115,33 @@ def test_a_whole_run(tmp_path):
     assert reward[0]["points"] == [[4, 0.4], [5, 0.5], [6, 0.6], [7, 0.7]]
 
 
+def write_lags(path: Path, *histograms: list[float]) -> Page:
+    with MetricsWriter(RunFolder(path)) as writer:
+        for step, shares in enumerate(histograms, start=1):
+            values = {f"lag/{lag}/fraction": share for lag, share in enumerate(shares)}
+            writer.write(step, "train", {"lag/max": len(shares) - 1, "seconds/learn": 1, "seconds/step": 1} | values)
+    return Page(write_report(path))
+
+
+def test_lags_are_stacked_and_a_step_without_a_lag_has_none_of_it(tmp_path):
+    page = write_lags(tmp_path, [1.0], [0.25, 0.75])
+    assert "Lag share of the trained tokens, in versions 0 62.5% 1 37.5%" in page.words
+    lags = page.chart_data[0]["series"]
+    assert [series["points"] for series in lags] == [[[1, 1.0], [2, 0.25]], [[1, 0.0], [2, 0.75]]]
+
+
+def test_a_run_of_lag_0_has_no_chart_of_it(tmp_path):
+    assert "Lag share" not in write_lags(tmp_path, [1.0], [1.0]).words
+
+
+@pytest.mark.parametrize(("largest", "labels"), [(7, [*"01234567"]), (9, [*"0123456", "7 or more"])])
+def test_the_largest_lags_share_the_last_colour(tmp_path, largest, labels):
+    page = write_lags(tmp_path, [0.0] * (largest - 1) + [0.25, 0.75])
+    lags = page.chart_data[0]["series"]
+    assert [series["label"] for series in lags] == labels
+    assert lags[-1]["points"] == [[1, 1.0 if largest == 9 else 0.75]]
+
+
 @pytest.mark.parametrize(
     ("warm_steps", "steps", "evaluate", "words"),
     [

@@ -43,7 +43,9 @@ def test_figures_by_hand():
     assert found["rollout/truncated_fraction"] == pytest.approx(1 / 3)
     assert found["rollout/logprob_mean"] == -1
     assert found["sampler/num_tokens"] == 18
-    assert found["lag/mean"] == pytest.approx((0 * 1 + 1 * 2 + 2 * 3) / 6)
+    # Lag is of the trained tokens: the rollout without a reward and the dropped group take no part.
+    assert found["lag/mean"] == pytest.approx((2 * 0 + 4 * 1 + 3 * 2) / 9)
+    assert [found[f"lag/{lag}/fraction"] for lag in range(3)] == pytest.approx([2 / 9, 4 / 9, 3 / 9])
     assert found["lag/max"] == 2
     assert (found["groups/trained"], found["groups/dropped"]) == (2, 1)
     assert found["groups/zero_advantage_fraction"] == pytest.approx(1 / 3)
@@ -63,10 +65,20 @@ def test_every_figure_is_in_the_table_and_plain():
         assert type(value) is float
 
 
+def test_the_lag_histogram_has_no_gaps():
+    versions = np.array([7, 4, 4, 7], np.int32)  # the weights were loaded in flight
+    completion = replace(make_completion((5,) * 4), versions_L=versions)
+    scored = tuple(make_scored(f"0-{i}", reward, completion=completion) for i, reward in enumerate([1.0, 0.0]))
+    batch = build_batch([ScoredGroup(group_id="0", sampler="s", scored_G=scored)], MeanCentered(), 0.0)
+    found = {name: value for name, value in step_metrics(batch, version=7).items() if name.startswith("lag/")}
+    histogram = {"lag/0/fraction": 0.5, "lag/1/fraction": 0, "lag/2/fraction": 0, "lag/3/fraction": 0.5}
+    assert found == {"lag/mean": 1.5, "lag/max": 3} | histogram
+
+
 def test_without_any_reward_there_is_no_mean_rather_than_0():
     found = step_metrics(make_batch([None, None]), version=7)
     assert found["reward/missing_fraction"] == 1
-    assert not {"reward/mean", "reward/task/mean", "advantage/mean"} & set(found)
+    assert not {"reward/mean", "reward/task/mean", "advantage/mean", "lag/mean", "lag/0/fraction"} & set(found)
 
 
 # -- evaluation ------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 import io
 import logging
-import threading
 
 import pytest
 from rich.console import Console
@@ -34,19 +33,6 @@ class Clock:
 
     def __call__(self):
         return self.now
-
-
-class Signalling(io.StringIO):
-    """A stream that tells when a word was written to it."""
-
-    def __init__(self, word: str):
-        super().__init__()
-        self.word, self.seen = word, threading.Event()
-
-    def write(self, text: str) -> int:
-        if self.word in text:
-            self.seen.set()
-        return super().write(text)
 
 
 def panel_text(view: LivePanel, width: int) -> str:
@@ -174,21 +160,14 @@ def test_lines_come_at_most_once_a_second_but_the_first_the_last_and_evaluations
     assert "eval accuracy 0.500" in shown[2]
 
 
-def test_a_long_wait_is_told_and_a_short_one_is_not():
-    stream = Signalling("waiting for")
-    with LogLines(Console(file=stream, width=200), silence_s=0.01) as view:
+def test_lines_leave_waits_to_the_stall_watch_and_show_its_notes():
+    view, _, stream = lines_view()
+    with view:
         view.waiting("rank 1 to start")
-        assert stream.seen.wait(10)
-    assert "rank 1 to start" in stream.getvalue()
-
-    quiet = io.StringIO()
-    with LogLines(Console(file=quiet), silence_s=300) as view:
-        view.waiting("samples")
-        timer = view._timer
-        view.step(1, METRICS)
-        timer.join(10)
-        assert not timer.is_alive()
-    assert "waiting" not in quiet.getvalue()
+        view.note("stalled 16 s: learner waits for 3 groups ← sampler 1 generating (16 s of 600 s)")
+    assert [line.split(" ", 1)[1] for line in stream.getvalue().splitlines()] == [
+        "stalled 16 s: learner waits for 3 groups ← sampler 1 generating (16 s of 600 s)"
+    ]
 
 
 def test_the_eta_is_measured_from_the_first_step_seen_in_the_phase():

@@ -40,7 +40,9 @@ class SamplerConfig(Section):
     engine_args: dict[str, Any] = Field(default_factory=dict)
     """Passed to vLLM's `EngineArgs` as they are."""
     start_timeout_s: float = Field(default=600.0, gt=0)
-    """An engine that is not up by then stops the run."""
+    """An engine that is not up by then stops the run; one in place of a lost one is tried again."""
+    unresponsive_after_s: float = Field(default=60.0, gt=0)
+    """Seconds a sampler may not answer, or make no engine step while it has work; then it is replaced."""
 
     @field_validator("engine_args")
     @classmethod

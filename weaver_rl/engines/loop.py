@@ -5,6 +5,7 @@ Loop: produces finished groups; waits for commands when the engine is idle; unbl
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import sys
 import threading
@@ -31,6 +32,7 @@ class Engine(Protocol):
     def take_score(self, score_id: str) -> Float32Array | None: ...
     def has_work(self) -> bool: ...
     def step(self) -> list[GroupSample]: ...
+    def abort(self, group_ids: Sequence[str]) -> None: ...
     def abort_all(self) -> list[str]: ...
     def reset_cache(self) -> None: ...
     def close(self) -> None: ...
@@ -68,6 +70,7 @@ class EngineLoop:
         self._groups: dict[str, Future[GroupSample]] = {}
         self._scores: dict[str, Future[Float32Array]] = {}
         self._closed = False
+        self._num_steps = 0
         # Whatever is sent before `_closed` is in the queue when the thread empties it for the last time.
         self._sending = threading.Lock()
         self._started: Future[None] = Future()
@@ -123,6 +126,28 @@ class EngineLoop:
     def call(self, function: Callable[[Any], T]) -> Future[T]:
         """Runs `function(engine)` between two engine steps."""
         return self._send(lambda: function(self._engine))
+
+    def abort(self, group_ids: Sequence[str]) -> None:
+        """Drops groups that nobody wants any more; their futures fail. Unknown ones are passed over."""
+
+        def drop() -> None:
+            known = [group_id for group_id in group_ids if group_id in self._groups]
+            self._engine.abort(known)
+            for group_id in known:
+                self._groups.pop(group_id).set_exception(EngineError(f"group {group_id} was aborted"))
+
+        with contextlib.suppress(EngineError):  # closed: nothing is in flight
+            self._send(drop)
+
+    @property
+    def num_steps(self) -> int:
+        """Engine steps so far; stands still while the engine has work only if it hangs."""
+        return self._num_steps
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether groups or scores are in flight."""
+        return bool(self._groups or self._scores)
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Ends the thread and the engine; what is in flight fails with EngineError."""
@@ -189,6 +214,8 @@ class EngineLoop:
                 EngineError(f"{self._engine.name}: the engine step failed: {type(error).__name__}: {error}")
             )
             return
+        finally:
+            self._num_steps += 1
         for sample in finished:
             self._groups.pop(sample.group_id).set_result(sample)
         for score_id in list(self._scores):

@@ -220,6 +220,14 @@ class VllmEngine:
                 finished.append(GroupSample(group_id=group_id, completions_G=done, sampler=self.name))
         return finished
 
+    def abort(self, group_ids: Sequence[str]) -> None:
+        """Drops groups in flight."""
+        ids = [f"{g}/{i}" for g in group_ids for i in range(len(self._groups[g].completions))]
+        for group_id in group_ids:
+            del self._groups[group_id]
+        with contextlib.suppress(KeyError):
+            self._engine.abort_request(ids)
+
     def abort_all(self) -> list[str]:
         """Drops everything in flight and returns the ids of the groups that will not come."""
         lost = list(self._groups)

@@ -66,6 +66,8 @@ class RewardWorkersConfig(Section):
     """Share of a step's rollouts whose reward may be missing; above it the run stops."""
     start_timeout_s: float = Field(default=60.0, gt=0)
     """Seconds a worker process has to start and import its plugins."""
+    unresponsive_after_s: float = Field(default=60.0, gt=0)
+    """Seconds a worker may not answer while it scores; then it is replaced and another scores its group."""
 
 
 def problem_with_name(name: str) -> str | None:

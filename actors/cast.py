@@ -1,0 +1,239 @@
+"""The actors of one run behind the roles that the controller knows: starts them, starts them anew, ends them.
+
+It decides nothing about training and holds no data.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from actors.calls import answer
+from actors.cluster import Reservation
+from actors.identity import ActorFacts, Identity, this_process
+from actors.learner import LearnerSpec, RayLearnerGroup
+from actors.preparation import Prepared
+from actors.reward import RayRewardFactory
+from actors.sampler import SamplerSpec
+from actors.sampler_replica import RaySamplerFactory
+from actors.spawn import Actors, SamplerSpawner, spawn_learner, spawn_reward_worker
+from weaver_rl.config import RunConfig
+from weaver_rl.controller import Crew
+from weaver_rl.errors import ConfigError
+from weaver_rl.fleet_log import FleetLog
+from weaver_rl.placement import Placement
+from weaver_rl.reward_fleet import RewardFleet
+from weaver_rl.sampler_fleet import SamplerFleet
+from weaver_rl.waits import current_waits
+from weaver_rl.weights.config import Transport
+from weaver_rl.weights.probe import probe_token_ids
+
+FLOAT32_PROBE_TOLERANCE = 1e-3
+LOW_PRECISION_PROBE_TOLERANCE = 0.2
+WATCH_EVERY_S = 5.0
+
+
+class Cast:
+    """Who plays which role."""
+
+    def __init__(
+        self,
+        *,
+        config: RunConfig,
+        prepared: Prepared,
+        actors: Actors,
+        spawner: SamplerSpawner,
+        placement: Placement,
+        reservation: Reservation,
+        transport: Transport,
+    ) -> None:
+        self.prepared = prepared
+        self.events = FleetLog(on_left=reservation.give_back)
+        self._config = config
+        self._actors = actors
+        self._spawner = spawner
+        self._placement = placement
+        self._reservation = reservation
+        self._transport = transport
+        self._samplers: SamplerFleet | None = None
+        self._rewards: RewardFleet | None = None
+        self._sampler_factory = RaySamplerFactory(
+            actors.samplers,
+            self._spawn_sampler,
+            self._sampler_spec,
+            load_timeout_s=config.weights.timeout_s,
+            unresponsive_after_s=config.sampler.unresponsive_after_s,
+        )
+
+    async def start(self) -> Crew:
+        """Starts everybody; returns when learner and reward workers are up. Samplers may take longer: `ready` tells."""
+        config = self._config
+        self._samplers = SamplerFleet(
+            self._sampler_factory,
+            self._spawner.names(),
+            generate_timeout_s=config.rollout.timeout_s,
+            watch_every_s=min(WATCH_EVERY_S, config.sampler.unresponsive_after_s),
+            events=self.events,
+        )
+        self._rewards = RewardFleet(
+            self._reward_factory(),
+            [f"reward worker {index}" for index in range(config.reward_workers.num_workers)],
+            labels=[spec.component_name for spec in config.rewards],
+            watch_every_s=min(WATCH_EVERY_S, config.reward_workers.unresponsive_after_s),
+        )
+        self._samplers.start()
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._rewards.start())
+            tasks.create_task(self._start_learner())
+        if self._transport != "object_store":
+            await self._samplers.ready()
+            await self._connect()
+        return Crew(
+            prompts=self.prepared.prompts,
+            samplers=self._samplers,
+            rewards=self._rewards,
+            learner=RayLearnerGroup(self._actors.learner_ranks, config.learner.timeout_s, self._restart_learner),
+        )
+
+    def scale(self, num_samplers: int) -> None:
+        """Adds samplers or lets some leave."""
+        if self._samplers is not None:
+            self._samplers.scale(num_samplers)
+
+    def facts(self) -> Mapping[str, Any]:
+        """For `weaver-rl status`: every sampler with its process and what it does."""
+        members = self._samplers.members if self._samplers is not None else {}
+        return {"samplers": [self._sampler_facts(name, doing) for name, doing in members.items()]}
+
+    def _sampler_facts(self, name: str, doing: str) -> dict[str, Any]:
+        replica = self._sampler_factory.replicas.get(name)
+        return {"name": name, "doing": doing, "pid": replica.identity.pid if replica is not None else None}
+
+    async def close(self) -> None:
+        """Ends samplers and reward workers, and every task that keeps them up."""
+        fleets = [fleet for fleet in (self._samplers, self._rewards) if fleet is not None]
+        await asyncio.gather(*(fleet.close() for fleet in fleets), return_exceptions=True)
+
+    # -- samplers --------------------------------------------------------------------------------------------------
+
+    def _sampler_spec(self, name: str) -> SamplerSpec:
+        config = self._config
+        return SamplerSpec(
+            name=name,
+            model_dir=self.prepared.model_dir,
+            engine_args={"max_model_len": self.prepared.max_len} | config.sampler.engine_args,
+            seed=config.seed + int(name.rpartition(" ")[2]),
+            stop_token_ids=self.prepared.stop_tokens,
+            tensor_parallel=config.sampler.tensor_parallel,
+            transport=self._transport,
+            start_timeout_s=config.sampler.start_timeout_s,
+        )
+
+    async def _spawn_sampler(self, name: str) -> Any:
+        if self._transport != "object_store":
+            raise ConfigError(
+                f"{name} cannot join a running group of weights.transport {self._transport}; continue with --resume, "
+                "or use weights.transport object_store, which lets samplers come and go"
+            )
+        return await self._spawner.spawn(name)
+
+    # -- rewards ---------------------------------------------------------------------------------------------------
+
+    def _reward_factory(self) -> RayRewardFactory:
+        config = self._config
+        base_dir = config.base_dir
+        assert base_dir is not None
+        return RayRewardFactory(
+            lambda: spawn_reward_worker(
+                self._actors, config.reward_workers, config.rewards, base_dir, self.prepared.task_scorer
+            ),
+            start_timeout_s=config.reward_workers.start_timeout_s + config.cluster.start_timeout_s,
+            timeout_s=_score_timeout_s(config),
+            unresponsive_after_s=config.reward_workers.unresponsive_after_s,
+        )
+
+    # -- learner ---------------------------------------------------------------------------------------------------
+
+    async def _start_learner(self) -> None:
+        await start_learner(self._actors.learner_ranks, self._config, self.prepared, self._transport)
+
+    async def _restart_learner(self) -> Sequence[Any]:
+        await self._actors.kill_learner()
+        await self._reservation.placed_again()
+        spawn_learner(self._actors, self._config.learner, self._placement, self._reservation.group)
+        await self._start_learner()
+        if self._transport != "object_store":
+            await self._connect()
+        return self._actors.learner_ranks
+
+    async def _connect(self) -> None:
+        """Joins learner ranks and samplers in one group for weights that go from GPU to GPU."""
+        timeout_s = self._config.weights.timeout_s
+        samplers = list(self._actors.samplers.values())
+        ranks = self._actors.learner_ranks
+        doing = "choosing a port"
+        address = await answer(ranks[0].free_address.remote(), actor="learner rank 0", doing=doing, timeout_s=timeout_s)
+        async with asyncio.TaskGroup() as tasks:
+            for rank, actor in enumerate(ranks):
+                joined = actor.connect_samplers.remote(samplers, self._config.sampler.tensor_parallel, address)
+                doing = "joining the samplers for weight transfer"
+                tasks.create_task(answer(joined, actor=f"learner rank {rank}", doing=doing, timeout_s=timeout_s))
+
+    # -- the probe -------------------------------------------------------------------------------------------------
+
+    def probe(self) -> tuple[int, ...]:
+        """The fixed sequence that learner and samplers score after every sync."""
+        num_tokens = min(self._config.weights.probe_tokens, self.prepared.max_len - 1)
+        return probe_token_ids(self.prepared.vocab_size, num_tokens, self._config.seed)
+
+    def probe_tolerance(self) -> float:
+        """Largest difference in nats that counts as agreement."""
+        config, placement = self._config, self._placement
+        if config.weights.probe_tolerance is not None:
+            return config.weights.probe_tolerance
+        # What `auto` and vLLM's default stand for: float32 on CPU, lower precision on GPUs.
+        learner = config.learner.dtype if config.learner.dtype != "auto" else _default_dtype(placement.learner_gpus)
+        sampler = config.sampler.engine_args.get("dtype", _default_dtype(placement.sampler_gpus))
+        return FLOAT32_PROBE_TOLERANCE if learner == sampler == "float32" else LOW_PRECISION_PROBE_TOLERANCE
+
+
+async def start_learner(ranks: Sequence[Any], config: RunConfig, prepared: Prepared, transport: Transport) -> None:
+    """Every rank loads the policy that the run begins with and joins the others."""
+    timeout_s = config.learner.timeout_s
+    address, port = await answer(
+        ranks[0].free_address.remote(), actor="learner rank 0", doing="starting", timeout_s=timeout_s
+    )
+    async with asyncio.TaskGroup() as tasks:
+        for rank, actor in enumerate(ranks):
+            spec = LearnerSpec(
+                model_dir=prepared.model_dir,
+                config=config.learner,
+                rank=rank,
+                seed=config.seed,
+                master_addr=address,
+                master_port=port,
+                transport=transport,
+                chunk_bytes=config.weights.chunk_mb << 20,
+            )
+            tasks.create_task(_start_rank(actor, rank, spec, timeout_s))
+
+
+async def _start_rank(actor: Any, rank: int, spec: LearnerSpec, timeout_s: float) -> None:
+    name = f"learner rank {rank}"
+    await answer(actor.start.remote(spec), actor=name, doing="loading the policy", timeout_s=timeout_s)
+    identity: Identity = await answer(
+        actor.identity.remote(), actor=name, doing="saying which process it is", timeout_s=timeout_s
+    )
+    current_waits().describe(name, ActorFacts(identity, here=this_process().node_id))
+
+
+def _score_timeout_s(config: RunConfig) -> float:
+    """Seconds that one rollout may take over all rewards, a process lost for each of them included."""
+    workers = config.reward_workers
+    per_reward = [spec.timeout_s or workers.timeout_s for spec in config.rewards]
+    return sum(2 * timeout_s + workers.start_timeout_s for timeout_s in per_reward)
+
+
+def _default_dtype(num_gpus: float) -> str:
+    return "bfloat16" if num_gpus > 0 else "float32"

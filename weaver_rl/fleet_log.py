@@ -1,0 +1,48 @@
+"""What happens to samplers, told to the person who watches and written into the journal. It decides nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from weaver_rl.journal import Journal
+from weaver_rl.terminal import LiveView
+
+
+class FleetLog:
+    """The `FleetEvents` of a run. What happens before `listen` is not told: nothing is in flight then.
+
+    Args:
+        on_left: is told the name of a sampler that has left for good.
+    """
+
+    def __init__(self, on_left: Callable[[str], None]) -> None:
+        self._on_left = on_left
+        self._journal: Journal | None = None
+        self._view: LiveView | None = None
+        self._known: set[str] = set()
+
+    def listen(self, journal: Journal, view: LiveView) -> None:
+        self._journal, self._view = journal, view
+
+    def sampler_joined(self, name: str) -> None:
+        self._write(name, "joined", f"{name} is up again" if name in self._known else None)
+        self._known.add(name)
+
+    def sampler_lost(self, name: str, reason: str, num_groups: int) -> None:
+        self._known.add(name)
+        self._write(name, "lost", f"{name} is lost, {num_groups} groups go to others: {reason}", reason=reason)
+
+    def sampler_left(self, name: str) -> None:
+        self._write(name, "left", f"{name} has left")
+        self._on_left(name)
+
+    def group_reissued(self, group_id: str, sampler: str, reason: str) -> None:
+        # An evaluation's groups are no prompts of the training stream.
+        if self._journal is not None and group_id.isdigit():
+            self._journal.reissued(group_id, sampler=sampler, reason=reason)
+
+    def _write(self, name: str, what: str, note: str | None, **detail: str) -> None:
+        if self._journal is not None:
+            self._journal.noted(name, what, **detail)
+        if self._view is not None and note is not None:
+            self._view.note(note)
