@@ -61,7 +61,7 @@ class Cast:
         self._sampler_factory = RaySamplerFactory(
             actors.samplers,
             self._spawn_sampler,
-            self._sampler_spec,
+            self.sampler_spec,
             load_timeout_s=config.weights.timeout_s,
             unresponsive_after_s=config.sampler.unresponsive_after_s,
         )
@@ -117,7 +117,8 @@ class Cast:
 
     # -- samplers --------------------------------------------------------------------------------------------------
 
-    def _sampler_spec(self, name: str) -> SamplerSpec:
+    def sampler_spec(self, name: str) -> SamplerSpec:
+        """What a sampler starts with; its engine's seed is its own."""
         config = self._config
         return SamplerSpec(
             name=name,

@@ -95,7 +95,16 @@ def _train_connected(config: RunConfig, claim: RunClaim, view: LiveView, resume:
             f"sampler.tensor_parallel is {config.sampler.tensor_parallel}, but weights travel by the object store "
             "here, which loads engines of one worker only. Use 1, or GPUs for learner and samplers (nccl)."
         )
-    with granted(placement, config.cluster.start_timeout_s) as reservation:
+    waits = current_waits()
+    cast: Cast | None = None
+
+    def facts() -> dict[str, Any]:
+        return {**(cast.facts() if cast is not None else {}), "step": claim.status.last_step}
+
+    with (
+        StallWatch(waits, view, claim.folder, facts=facts) as watch,
+        granted(placement, config.cluster.start_timeout_s) as reservation,
+    ):
         actors = Actors()
         try:
             # Their imports take long; they run while the model is prepared here.
@@ -103,20 +112,22 @@ def _train_connected(config: RunConfig, claim: RunClaim, view: LiveView, resume:
             spawner = SamplerSpawner(actors, config.sampler, placement, reservation, _sampler_threads(config))
             spawner.spawn_first()
             view.waiting("the model and the task")
+            with waits.waiting("controller", "the model and the task to be prepared", root=True):
+                prepared = prepare(config)
             cast = Cast(
                 config=config,
-                prepared=prepare(config),
+                prepared=prepared,
                 actors=actors,
                 spawner=spawner,
                 placement=placement,
                 reservation=reservation,
                 transport=transport,
             )
-            return asyncio.run(_run(config, claim, view, cast, resume, stop))
+            return asyncio.run(_run(config, claim, view, cast, watch, resume, stop))
         except BaseExceptionGroup as errors:
             raise first_error(errors) from errors
         finally:
-            with stop.deferred():
+            with stop.deferred(), waits.waiting("controller", "actors to end", root=True):
                 asyncio.run(actors.close())
 
 
@@ -125,19 +136,16 @@ async def _run(
     claim: RunClaim,
     view: LiveView,
     cast: Cast,
+    watch: StallWatch,
     resume: bool,
     stop: StopSignals,
 ) -> RunSummary:
     if left_out := cast.prepared.prompts.dropped_note():
         view.note(left_out)
     folder, waits = claim.folder, current_waits()
+    watch.watch_this_loop()
     async with stop.running():
-        with (
-            MetricsWriter(folder) as metrics,
-            Journal(folder.journal) as journal,
-            StallWatch(waits, view, folder, facts=lambda: {**cast.facts(), "step": claim.status.last_step}) as watch,
-        ):
-            watch.watch_this_loop()
+        with MetricsWriter(folder) as metrics, Journal(folder.journal) as journal:
             cast.events.listen(journal, view)
             try:
                 with waits.waiting("controller", "every actor to start", root=True):
@@ -157,7 +165,8 @@ async def _run(
                 return await _with_scaling(controller.run(resume=resume), folder, cast, view)
             finally:
                 view.waiting("actors to end")
-                await cast.close()
+                with waits.waiting("controller", "samplers and reward workers to end", root=True):
+                    await cast.close()
                 view.waiting(None)
 
 

@@ -82,7 +82,7 @@ def status(run: RunArgument) -> None:
 def audit(run: RunArgument) -> None:
     """Prove from a run's journal that every prompt was trained exactly once; exit status 1 if not."""
     from weaver_rl.audit import audit as check
-    from weaver_rl.audit import print_audit
+    from weaver_rl.audit_report import print_audit
 
     raise typer.Exit(print_audit(Console(), check(run)))
 

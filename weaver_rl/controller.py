@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from weaver_rl.batch import ScoredGroup, StepBatch, build_batch, require_fresh, 
 from weaver_rl.checkpoints import Checkpoints, load_controller_state, save_controller_state
 from weaver_rl.config import RunConfig
 from weaver_rl.errors import CheckpointError, JournalError, LearnerLostError
-from weaver_rl.evaluation import EvalResult, evaluate
+from weaver_rl.evaluation import evaluate
 from weaver_rl.group_stream import Backlog, GroupStream
 from weaver_rl.journal import Journal
 from weaver_rl.learn_step import learn
@@ -42,7 +42,7 @@ from weaver_rl.rollout_files import RecordedRollout, truncate_after, write_rollo
 from weaver_rl.run_folder import RunFolder, ending
 from weaver_rl.run_state import RunState
 from weaver_rl.stage_clock import StageClock
-from weaver_rl.step_metrics import step_metrics
+from weaver_rl.step_metrics import eval_metrics, step_metrics
 from weaver_rl.summation import mean
 from weaver_rl.terminal import LiveView
 from weaver_rl.types import ForwardBackwardOutput, OptimStepOutput, SampleRequest
@@ -323,7 +323,7 @@ class Controller:
         else:
             self._state = self._state.with_accuracy(result.accuracy)
             self._view.evaluation(result.accuracy, self._state.step)
-        return _eval_metrics(result, groups)
+        return eval_metrics(result, groups)
 
     # -- bookkeeping ---------------------------------------------------------------------------------------------
 
@@ -446,16 +446,3 @@ class Controller:
             accuracy_after=accuracies.get(str(self._last_step)),
             tokens_per_s=self._state.sampled_tokens / seconds if seconds else 0.0,
         )
-
-
-def _eval_metrics(result: EvalResult, groups: Sequence[ScoredGroup]) -> dict[str, float]:
-    scored = [group.scored_G[0] for group in groups]
-    rewards = [s.reward for s in scored if s.reward is not None]
-    metrics = {
-        "eval/num_prompts": float(len(scored)),
-        "eval/missing_fraction": result.num_missing / len(scored),
-        "eval/length_mean": sum(len(s.rollout.completion.token_ids_L) for s in scored) / len(scored),
-    }
-    if result.accuracy is not None:
-        metrics["eval/accuracy"] = result.accuracy
-    return metrics | ({"eval/reward_mean": sum(rewards) / len(rewards)} if rewards else {})

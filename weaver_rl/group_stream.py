@@ -293,9 +293,7 @@ class GroupStream:
             requests = [self._request(position, prompt) for position, prompt in zip(positions, prompts, strict=True)]
             self._sample(positions, prompts, requests)
 
-    def _sample(
-        self, positions: Sequence[int], prompts: Sequence[Prompt], requests: Sequence[SampleRequest]
-    ) -> None:
+    def _sample(self, positions: Sequence[int], prompts: Sequence[Prompt], requests: Sequence[SampleRequest]) -> None:
         if requests:
             self._count_sampling(len(requests))
             self._spawn(self._sample_wave(positions, prompts, requests))

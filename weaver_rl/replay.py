@@ -180,7 +180,7 @@ def _compared(step: int, recorded: MetricsLine, replayed: Mapping[str, float], *
 def _diff(stored: Float32Array | None, again: Float32Array | None) -> float:
     if stored is None or again is None or stored.shape != again.shape:
         return 0.0 if stored is again else math.inf
-    if np.array_equal(stored, again, equal_nan=True):
+    if np.array_equal(stored, again):
         return 0.0
     return float(np.max(np.abs(stored.astype(np.float64) - again), initial=0.0))
 

@@ -76,7 +76,6 @@ class StallWatch:
         """Looks once: tells what is due and writes live.json. The thread does this over and over."""
         now = self._clock()
         late_s = now - self._looked_at - self._every_s
-        self._looked_at = now
         if late_s > self._late_s:
             self._view.note(f"this process did nothing for {late_s:.0f} s: it was stopped, or given no processor time")
             self._stall.excuse(late_s)
@@ -89,6 +88,7 @@ class StallWatch:
         if seen is not None and due:
             self._view.note(f"stalled {stall.seconds:.0f} s: {seen.line}")
         self._write(seen.line if seen is not None else None, stall.seconds, alarms, now)
+        self._looked_at = self._clock()  # after a look that took long: a terminal that takes no text is nobody's stop
 
     def _see(self, now: float) -> tuple[_Stall, _Seen | None]:
         """A loop that stands still explains every wait there is; else the chain does."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
-from weaver_rl.batch import StepBatch
+from weaver_rl.batch import ScoredGroup, StepBatch
+from weaver_rl.evaluation import EvalResult
 from weaver_rl.summation import mean, std, total
 from weaver_rl.types import RewardComponent
 
@@ -54,6 +57,20 @@ def _lag_metrics(batch: StepBatch, version: int) -> dict[str, float]:
     counts = np.bincount(lags_T).tolist()
     fractions = {f"lag/{lag}/fraction": count / len(lags_T) for lag, count in enumerate(counts)}
     return {"lag/mean": mean(lags_T), "lag/max": lags_T.max(), **fractions}
+
+
+def eval_metrics(result: EvalResult, groups: Sequence[ScoredGroup]) -> dict[str, float]:
+    """Figures of one evaluation, a group of one rollout per held-out prompt."""
+    scored = [group.scored_G[0] for group in groups]
+    rewards = [s.reward for s in scored if s.reward is not None]
+    metrics = {
+        "eval/num_prompts": float(len(scored)),
+        "eval/missing_fraction": result.num_missing / len(scored),
+        "eval/length_mean": sum(len(s.rollout.completion.token_ids_L) for s in scored) / len(scored),
+    }
+    if result.accuracy is not None:
+        metrics["eval/accuracy"] = result.accuracy
+    return metrics | ({"eval/reward_mean": sum(rewards) / len(rewards)} if rewards else {})
 
 
 def _component_metrics(name: str, components: list[RewardComponent]) -> dict[str, float]:

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import ray
-from sampler_parts import KINDS, START_TIMEOUT_S, ReplicaPool, make_model, pool_of, sampler_spec
+from sampler_parts import KINDS, START_TIMEOUT_S, ReplicaFleet, make_model, sampler_spec
 
 from actors.learner import LearnerRank
 from actors.sampler import Sampler
-from actors.sampler_pool import RaySamplerPool
+from weaver_rl.sampler_fleet import SamplerFleet
 
 
 @pytest.hookimpl
@@ -69,8 +69,8 @@ def samplers(cluster: None, models: dict[str, Path]) -> Iterator[dict[str, Any]]
 
 
 @pytest.fixture
-def replicas(samplers: dict[str, Any]) -> RaySamplerPool:
-    return pool_of(samplers, ReplicaPool)
+def replicas(samplers: dict[str, Any]) -> SamplerFleet:
+    return ReplicaFleet(samplers)
 
 
 @pytest.fixture(scope="session")

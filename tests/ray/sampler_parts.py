@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,12 @@ import ray
 from actors.learner import LearnerSpec, RayLearnerGroup
 from actors.object_store import publish
 from actors.sampler import SamplerSpec
-from actors.sampler_pool import RaySamplerPool
+from actors.sampler_replica import RaySampler
+from weaver_rl.errors import ActorFailedError
 from weaver_rl.learner.config import LearnerConfig
 from weaver_rl.losses.config import CrossEntropy
 from weaver_rl.rollout import SamplingConfig
+from weaver_rl.sampler_fleet import SamplerFleet, _Member
 from weaver_rl.types import AdamParams, Completion, Datum, Float32Array, GroupSample, PublishedWeights, SampleRequest
 
 VOCAB = 500
@@ -29,12 +31,34 @@ KINDS = ("tied", "untied")
 """The two policies: with one matrix for embedding and head (learner of 1 rank), and with two (learner of 2 ranks)."""
 
 
-class Started:
-    """What a pool waits for, when every sampler is up already."""
+class StartedFleet(SamplerFleet):
+    """A fleet of samplers that are up already and shared by many tests: one that is lost is not replaced."""
 
-    def __await__(self) -> Generator[None, None, None]:
-        return
-        yield
+    def __init__(self, samplers: Mapping[str, Any]) -> None:
+        nobody: Any = None
+        super().__init__(nobody, (), generate_timeout_s=TIMEOUT_S, watch_every_s=TIMEOUT_S, events=Unheard())
+        for name, actor in samplers.items():
+            replica = RaySampler(
+                name,
+                actor,
+                ray.get(actor.identity.remote()),
+                load_timeout_s=TIMEOUT_S,
+                unresponsive_after_s=TIMEOUT_S,
+            )
+            self._members[name] = _Member(name, replica=replica, serving=True)
+
+    def _lose(self, member: _Member, reason: str) -> None:
+        self._fail(ActorFailedError(reason))
+        super()._lose(member, reason)
+
+
+class Unheard:
+    """`FleetEvents` that nobody wants to know."""
+
+    def sampler_joined(self, name: str) -> None: ...
+    def sampler_lost(self, name: str, reason: str, num_groups: int) -> None: ...
+    def sampler_left(self, name: str) -> None: ...
+    def group_reissued(self, group_id: str, sampler: str, reason: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -52,7 +76,7 @@ class Replicas:
         return replace(self.weights, handle=(*self.weights.handle, *head.handle))
 
 
-class ReplicaPool(RaySamplerPool):
+class ReplicaFleet(StartedFleet):
     """Both engines as two samplers of one run, whose policy is the tied one."""
 
     async def load_weights(self, weights: PublishedWeights, only: str | None = None) -> None:
@@ -103,10 +127,6 @@ def sampler_spec(name: str, model_dir: Path, seed: int) -> SamplerSpec:
         transport="object_store",
         start_timeout_s=START_TIMEOUT_S,
     )
-
-
-def pool_of(samplers: Mapping[str, Any], pool: type[RaySamplerPool] = RaySamplerPool) -> RaySamplerPool:
-    return pool(samplers, Started(), generate_timeout_s=TIMEOUT_S, load_timeout_s=TIMEOUT_S)
 
 
 def start_learner(ranks: Sequence[Any], model_dir: Path, *, timeout_s: float = TIMEOUT_S) -> RayLearnerGroup:
@@ -171,9 +191,9 @@ async def collect(groups: AsyncIterator[GroupSample]) -> dict[str, GroupSample]:
 
 
 async def sample(
-    pool: RaySamplerPool, asked: Sequence[SampleRequest], sampling: SamplingConfig
+    fleet: SamplerFleet, asked: Sequence[SampleRequest], sampling: SamplingConfig
 ) -> dict[str, GroupSample]:
-    return await collect(pool.generate(asked, sampling))
+    return await collect(fleet.generate(asked, sampling))
 
 
 async def learner_logprobs(

@@ -1,4 +1,4 @@
-"""The command `replay` on runs of the real parts: equal bit for bit, and different where a stored number was altered."""
+"""The command `replay` on runs of the real parts: equal bit for bit, different where a number was altered."""
 
 from __future__ import annotations
 
@@ -34,6 +34,8 @@ def finished(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     folder = tmp_path_factory.mktemp("finished") / "run"
     ended = run("train", str(TINY), f"run_dir={folder}", "num_steps=3", "eval.every=0", *RUNS[request.param])
     assert ended.status == 0, ended.output
+    # Groups of the second step are begun together with those of the first.
+    assert recorded(folder, FIRST_STEP + 1, "lag/max") == (0 if request.param == "synchronous" else 1)
     return folder
 
 
@@ -70,6 +72,7 @@ def test_every_step_equals_what_was_recorded_from_the_beginning(finished: Path, 
     assert files_of(copy) == before
 
 
+@pytest.mark.parametrize("finished", ["synchronous"], indirect=True)
 def test_one_altered_log_probability_is_found(finished: Path, tmp_path: Path) -> None:
     copy = Path(shutil.copytree(finished, tmp_path / "copy"))
     records = list(read_rollouts(copy, [FIRST_STEP]))
@@ -91,6 +94,7 @@ def _less_likely(record: RecordedRollout) -> RecordedRollout:
     return replace(record, scored=replace(record.scored, rollout=rollout))
 
 
+@pytest.mark.parametrize("finished", ["synchronous"], indirect=True)
 def test_a_step_of_the_warm_start_is_refused(finished: Path) -> None:
     ended = run("replay", str(finished), "--step", "2")
     assert ended.status == 2

@@ -17,14 +17,12 @@ import ray
 from sampler_parts import (
     BLOCK,
     KINDS,
-    TIMEOUT_S,
     VOCAB,
-    ReplicaPool,
-    Started,
+    ReplicaFleet,
+    StartedFleet,
     change,
     gap,
     learner_logprobs,
-    pool_of,
     random_tokens,
     requests,
     sample,
@@ -62,7 +60,7 @@ def learner(rank_actors: Ranks, models: Models) -> RayLearnerGroup:
 def test_after_a_large_change_the_sampler_agrees(
     kind: str, samplers: Actors, rank_actors: Ranks, models: Models
 ) -> None:
-    learner, pool = start_learner(rank_actors[kind], models[kind]), pool_of({kind: samplers[kind]})
+    learner, pool = start_learner(rank_actors[kind], models[kind]), StartedFleet({kind: samplers[kind]})
     asked = requests([random_tokens(3 * BLOCK + 8, seed) for seed in range(2)], 4, name="again")
 
     async def run() -> None:
@@ -89,7 +87,7 @@ def test_after_a_large_change_the_sampler_agrees(
 def test_weights_loaded_while_requests_are_in_flight(
     kind: str, samplers: Actors, rank_actors: Ranks, models: Models, tmp_path: Path
 ) -> None:
-    learner, pool = start_learner(rank_actors[kind], models[kind]), pool_of({kind: samplers[kind]})
+    learner, pool = start_learner(rank_actors[kind], models[kind]), StartedFleet({kind: samplers[kind]})
     long = requests([random_tokens(3 * BLOCK + 8, seed) for seed in range(2)], 6, name="long")
     # Asked for before and after the load while `long` runs: an idle engine would forget its prefixes by itself.
     prompts = [long[0].token_ids_P, random_tokens(4 * BLOCK + 1, seed=9)]
@@ -119,7 +117,7 @@ def test_weights_loaded_while_requests_are_in_flight(
     asyncio.run(run())
 
 
-class AlteringPool(ReplicaPool):
+class AlteringFleet(ReplicaFleet):
     """Two samplers; on its way to `untied` one tensor is altered, in the first `times` loads."""
 
     tensor = ""
@@ -141,7 +139,7 @@ class AlteringPool(ReplicaPool):
     "tensor", ["model.embed_tokens.weight", "model.layers.1.self_attn.v_proj.weight", "model.norm.weight"]
 )
 def test_one_altered_tensor_is_seen_and_sent_again(tensor: str, samplers: Actors, learner: RayLearnerGroup) -> None:
-    pool = AlteringPool(samplers, Started(), generate_timeout_s=TIMEOUT_S, load_timeout_s=TIMEOUT_S)
+    pool = AlteringFleet(samplers)
     pool.tensor, pool.times = tensor, 1
 
     async def run() -> None:
@@ -157,7 +155,7 @@ def test_one_altered_tensor_is_seen_and_sent_again(tensor: str, samplers: Actors
 
 
 def test_a_sampler_that_never_gets_the_weights_right_is_named(samplers: Actors, learner: RayLearnerGroup) -> None:
-    pool = AlteringPool(samplers, Started(), generate_timeout_s=TIMEOUT_S, load_timeout_s=TIMEOUT_S)
+    pool = AlteringFleet(samplers)
     pool.tensor, pool.times = "model.layers.0.mlp.down_proj.weight", 1000
     with pytest.raises(WeightSyncError, match=r"^untied does not use weights v4: .* nats from the learner's"):
         asyncio.run(WeightSync(learner, pool, PROBE, TOLERANCE)(4))

@@ -117,7 +117,9 @@ class FakeSampler(Mortal):
         self, requests: Sequence[SampleRequest], sampling: SamplingConfig
     ) -> AsyncIterator[Sequence[GroupSample]]:
         begun = _now()
-        ends = sorted((begun + self._factory.seconds("generate", r.group_id, self.serial), i) for i, r in enumerate(requests))
+        ends = sorted(
+            (begun + self._factory.seconds("generate", r.group_id, self.serial), i) for i, r in enumerate(requests)
+        )
         self._factory.asked.extend((self.name, request.group_id) for request in requests)
         self.num_streams += 1
         try:
@@ -129,10 +131,12 @@ class FakeSampler(Mortal):
 
     async def load_weights(self, weights: PublishedWeights) -> None:
         await self._factory.before(self, "load")
-        await self.answer(f"loads weights v{weights.version}", self._factory.seconds("load", self.name, weights.version))
+        await self.answer(
+            f"loads weights v{weights.version}", self._factory.seconds("load", self.name, weights.version)
+        )
         theta = weights.handle
-        if self._factory.wrong.pop((self.name, weights.version), None):
-            self._factory.wrong_loads += 1
+        if self._factory.wrong.get((self.name, weights.version), 0):
+            self._factory.wrong[self.name, weights.version] -= 1
             theta += WRONG_BY
         self._loaded_at.append(_now())
         self._loaded.append((weights.version, theta))
@@ -172,14 +176,13 @@ class FakeSamplers:
     seconds: Seconds = lambda *what: 1.0
     failing_starts: list[tuple[str, Callable[[], WeaverRLError]]] = field(default_factory=list)
     """(name, error): each fails one start of that name, in order."""
-    wrong: dict[tuple[str, int], bool] = field(default_factory=dict)
-    """(name, version): its next load of that version is wrong; once."""
+    wrong: dict[tuple[str, int], int] = field(default_factory=dict)
+    """(name, version): how many of its loads of that version are wrong."""
     upsets: list[tuple[str, str, str]] = field(default_factory=list)
     """(name, "start" | "load" | "probe", "die" | "hang"): happens at its next such call, once each."""
     asked: list[tuple[str, str]] = field(default_factory=list)
     """(name, group) in the order of the requests."""
     made: list[FakeSampler] = field(default_factory=list)
-    wrong_loads: int = 0
 
     async def start(self, name: str) -> FakeSampler:
         sampler = FakeSampler(name, len(self.made), self)

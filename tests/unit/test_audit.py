@@ -14,7 +14,8 @@ import pytest
 from rich.console import Console
 
 import weaver_rl.audit as audit_module
-from weaver_rl.audit import AuditReport, audit, print_audit
+from weaver_rl.audit import audit
+from weaver_rl.audit_report import AuditReport, print_audit
 from weaver_rl.errors import JournalError
 from weaver_rl.journal import FILE_NAME, Journal
 from weaver_rl.rollout_files import RecordedRollout, recorded_steps, rollouts_file, truncate_after, write_rollouts
@@ -232,6 +233,17 @@ def test_a_run_resumed_with_groups_that_the_checkpoint_carried(tmp_path):
     assert report.violations == ()
     assert (report.num_rewinds, report.num_steps_redone, report.num_checkpoints) == (1, 1, 1)
     assert report.num_trained == 6
+
+
+def test_a_resumed_run_has_not_ended_as_it_had_before(tmp_path):
+    story = Story(tmp_path)
+    three_steps(story)
+    story.journal.ended(state="finished", reason=None)
+    story.started(resumed=True, last_step=5)
+    story.rewind(3)
+    report = story.audit()
+    assert report.violations == ()
+    assert report.state == "killed"
 
 
 def test_a_rewind_before_the_start_of_the_process_that_resumes(tmp_path):
@@ -457,12 +469,13 @@ def test_names_that_are_no_positions_of_the_run(tmp_path):
     story = Story(tmp_path, first_position=40)
     story.started()
     story.journal.scored("000001-0002", num_missing=0)
+    story.journal.scored("41", num_missing=0)
     story.dispatch(39, 40, 10**9, version=0)
     story.journal.dispatched(name(41), position=42, prompt_id="p", version=0)
     found = story.audit().violations
-    assert [text.split(" ")[1] for text in found] == ["000001-0002", "00000039", "1000000000", "00000041"]
+    assert [text.split(" ")[1] for text in found] == ["000001-0002", "41", "00000039", "1000000000", "00000041"]
     assert found[0].endswith("is none of this run: names are positions from 00000040 on")
-    assert found[3].endswith("was dispatched with the prompt at position 42")
+    assert found[4].endswith("was dispatched with the prompt at position 42")
 
 
 # -- rule 2: whole batches in order --------------------------------------------------------------------------------
@@ -483,6 +496,15 @@ def test_the_last_batch_of_a_finished_run_lacks_a_group(tmp_path):
     story.finish(4, version=2)
     story.train(3, [4])
     assert story.finished().violations == ("step 3 consumed 1 groups instead of 2",)
+
+
+def test_the_newest_batch_of_a_run_that_goes_on_has_a_group_too_many(tmp_path):
+    story = Story(tmp_path)
+    three_steps(story, until=1)
+    story.finish(2, 3, 4, version=1)
+    story.train(2, [2, 3])
+    story.journal.dropped(name(4), step=2, reason="every reward is missing")
+    assert story.audit().violations == ("step 2 consumed 3 groups instead of 2",)
 
 
 def test_a_step_left_out(tmp_path):
@@ -572,6 +594,17 @@ def test_what_the_process_before_had_is_not_taken_up_without_a_rewind(tmp_path):
     story.finish(2, 3, version=1)
     (violation,) = story.audit().violations
     assert violation == "event 12: the run was taken up without saying from which checkpoint"
+
+
+def test_an_earlier_rewind_is_none_of_the_resume(tmp_path):
+    story = Story(tmp_path)
+    three_steps(story, until=1)
+    story.rewind(1)
+    story.finish(2, version=1)
+    story.started(resumed=True)
+    story.finish(3, version=1)
+    (violation,) = story.audit().violations
+    assert violation == "event 16: the run was taken up without saying from which checkpoint"
 
 
 # -- rule 4: lag ---------------------------------------------------------------------------------------------------

@@ -237,7 +237,7 @@ def test_an_unknown_name_names_what_is_allowed(tmp_path: Path, changes: dict[str
         ({"num_steps": -1}, "num_steps:", "seen -1", "greater than or equal to 0"),
         ({"loss": {"name": "importance_sampling", "clip_ratio": 0}}, "loss.clip_ratio:", "seen 0", "greater than 0"),
         ({"rollout": {"sampling": {"top_p": 1.5}}}, "rollout.sampling.top_p:", "seen 1.5", "less than or equal to 1"),
-        ({"rollout": {"max_lag": 2}}, "rollout.max_lag:", "seen 2", "less than or equal to 0"),
+        ({"rollout": {"max_lag": -1}}, "rollout.max_lag:", "seen -1", "greater than or equal to 0"),
         ({"rollout": 3}, "rollout:", "seen 3", "a mapping of keys is needed"),
         ({"model": "foo"}, "model:", "seen 'foo'", "a mapping of keys is needed"),
         ({"loss": None}, "loss:", "seen None", "a mapping of keys is needed"),

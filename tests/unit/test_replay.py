@@ -156,12 +156,14 @@ def test_a_replay_starts_at_the_newest_checkpoint_before_the_step(asynchronous: 
     assert [r.step for r in replays] == [5]
 
 
-def test_nothing_is_written_into_the_run_folder(asynchronous: Path):
-    before = files_of(asynchronous)
-    (RunFolder(asynchronous).checkpoints / ".writing-step_000099").mkdir()
-    printed(*replayed(asynchronous, LAST_STEP))
-    assert files_of(asynchronous) == before
-    (RunFolder(asynchronous).checkpoints / ".writing-step_000099").rmdir()
+def test_nothing_is_written_into_the_run_folder(copied: Path):
+    for name in (".writing-step_000099", "step_000005.old"):
+        (RunFolder(copied).checkpoints / name).mkdir()
+    before = sorted(copied.rglob("*")), files_of(copied)
+    plan, replays = replayed(copied, LAST_STEP)
+    printed(plan, replays)
+    assert plan.start == 5
+    assert (sorted(copied.rglob("*")), files_of(copied)) == before
 
 
 def test_a_damaged_checkpoint_is_passed_over(copied: Path):
@@ -170,7 +172,10 @@ def test_a_damaged_checkpoint_is_passed_over(copied: Path):
     plan = plan_replay(copied, 5, told.append)
     assert plan.start == 3
     assert "step_000004" in told[0]
-    assert all(r.equal for r in asyncio.run(replay_steps(plan, learner=FakeLearner(), prompts=FakePrompts())))
+    told_steps: list[StepReplay] = []
+    work = replay_steps(plan, learner=FakeLearner(), prompts=FakePrompts(), on_step=told_steps.append)
+    assert asyncio.run(work) == told_steps
+    assert all(r.equal for r in told_steps)
 
 
 def test_the_rebuilt_batch_is_the_one_that_was_trained(tmp_path: Path):

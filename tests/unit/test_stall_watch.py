@@ -315,6 +315,12 @@ def test_a_process_that_stood_still_says_so_and_blames_no_one(stage):
         assert stage.view.notes[1].startswith("stalled 16 s: learner waits for groups")
 
 
+def test_a_look_that_took_long_is_not_a_process_that_stood_still(tmp_path):
+    stage = Stage(tmp_path, facts=lambda: {"slow": setattr(stage.clock, "now", stage.clock.now + 30)})
+    stage.run(8)
+    assert stage.view.notes == []
+
+
 def test_a_controller_that_waits_for_what_it_did_not_name_is_told(stage):
     stage.run(40)
     assert stage.view.notes == []  # no loop to watch: nothing has begun

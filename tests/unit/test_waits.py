@@ -331,6 +331,18 @@ def test_another_thread_may_look_while_waits_come_and_go():
     assert errors == []
 
 
+def test_waits_that_begin_while_somebody_looks_do_not_disturb(waits):
+    def names():
+        begun.append(waits.waiting("reward worker 0", "scoring").__enter__())
+        return ["a"]
+
+    begun: list[WaitHandle] = []
+    with waits.waiting("learner", "groups", root=True, on=names):
+        assert len(waits.current()) == 1
+        assert waits.chain().links[0].owner == "learner"
+    assert len(begun) == 2
+
+
 def test_a_wait_costs_the_same_however_many_last():
     """Counted in what is read, not in seconds: begin and end read none of the names and none of the other waits."""
     waits, reads = Waits(), []

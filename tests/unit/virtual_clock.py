@@ -51,6 +51,10 @@ class VirtualLoop(asyncio.SelectorEventLoop):
         future.add_done_callback(lambda _: work.__exit__(None, None, None))
         return future
 
+    async def shutdown_default_executor(self, timeout: float | None = None) -> None:
+        with self.real_work():
+            await super().shutdown_default_executor()
+
     def jump(self, seconds: float | None) -> None:
         """Lets time pass until the next timer; None: there is none."""
         if seconds is None:
