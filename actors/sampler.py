@@ -10,10 +10,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import ray
+from ray.exceptions import ObjectLostError
+
 from actors.identity import Identity, this_process
 from actors.object_store import tensors
 from weaver_rl.engines.loop import EngineLoop
 from weaver_rl.engines.vllm import VllmEngine, import_vllm, prepare_process
+from weaver_rl.errors import LearnerLostError
 from weaver_rl.rollout import SamplingConfig
 from weaver_rl.types import Float32Array, GroupSample, PublishedWeights, SampleRequest
 from weaver_rl.weights.config import Transport
@@ -81,7 +85,7 @@ class Sampler:
                 yield [group.result() for group in done]
         finally:
             if num_left:
-                self._loop.abort([request.group_id for request in requests])
+                self._loop.abort(futures)
 
     async def score(self, token_ids: Sequence[int]) -> Float32Array:
         """Log-probabilities (N-1,) of a fixed sequence at temperature 1."""
@@ -89,7 +93,12 @@ class Sampler:
 
     async def load_weights(self, weights: PublishedWeights) -> None:
         """Loads a version and drops what was cached under older ones."""
-        chunks = [await reference for reference in weights.handle or ()]
+        try:
+            chunks = [await reference for reference in weights.handle or ()]
+        except (ObjectLostError, ray.exceptions.RaySystemError) as error:
+            raise LearnerLostError(
+                f"weights v{weights.version} are gone with the learner that published them"
+            ) from error
 
         # In one command: an engine step between two chunks would sample from a policy that never existed.
         def load(engine: VllmEngine) -> None:

@@ -21,16 +21,15 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from weaver_rl.advantages import Reinforce
 from weaver_rl.backlog_file import load_backlog, save_backlog
-from weaver_rl.batch import ScoredGroup, StepBatch, build_batch, require_fresh, sequence_datum
+from weaver_rl.batch import StepBatch, build_batch, require_fresh
 from weaver_rl.checkpoints import Checkpoints, load_controller_state, save_controller_state
 from weaver_rl.config import RunConfig
 from weaver_rl.errors import CheckpointError, JournalError, LearnerLostError
 from weaver_rl.evaluation import evaluate
 from weaver_rl.group_stream import Backlog, GroupStream
 from weaver_rl.journal import Journal
-from weaver_rl.learn_step import learn
+from weaver_rl.learn_step import demonstration_data, learn, next_baseline
 from weaver_rl.losses.config import CrossEntropy
 from weaver_rl.metrics import MetricsWriter
 from weaver_rl.off_policy import LearnInput
@@ -43,7 +42,6 @@ from weaver_rl.run_folder import RunFolder, ending
 from weaver_rl.run_state import RunState
 from weaver_rl.stage_clock import StageClock
 from weaver_rl.step_metrics import eval_metrics, step_metrics
-from weaver_rl.summation import mean
 from weaver_rl.terminal import LiveView
 from weaver_rl.types import ForwardBackwardOutput, OptimStepOutput, SampleRequest
 from weaver_rl.waits import current_waits
@@ -210,20 +208,15 @@ class Controller:
         warm = self._config.warm_start
         assert warm is not None
         state, clock = self._state, self._clock
-        first = state.step * warm.prompts_per_step
         num_dropped = self._crew.prompts.num_dropped
-        pairs = [self._crew.prompts.demonstration(first + i) for i in range(warm.prompts_per_step)]
-        data = [
-            sequence_datum(f"{state.step + 1:06d}-{i:04d}", prompt.token_ids_P, completion)
-            for i, (prompt, completion) in enumerate(pairs)
-        ]
+        data = demonstration_data(self._config, state.step + 1, self._crew.prompts)
         with clock.stage("learn"), self._waiting("the learner"):
             learned = await self._crew.learner.forward_backward(data, CrossEntropy(name="cross_entropy"))
             update = await self._crew.learner.optim_step(warm.adam_params_at(state.step, self._config.learner))
         self._state = replace(
             state,
             step=state.step + 1,
-            position=first + len(pairs),
+            position=(state.step + 1) * warm.prompts_per_step,
             prompts_dropped=state.prompts_dropped + self._crew.prompts.num_dropped - num_dropped,
         )
         metrics = self._update_metrics(learned, update, self._state.step)
@@ -251,7 +244,7 @@ class Controller:
         self._state = replace(
             state,
             step=step,
-            baseline=self._next_baseline(batch),
+            baseline=next_baseline(batch, self._config.advantage, state.baseline),
             sampled_tokens=state.sampled_tokens
             + sum(len(e.scored.rollout.completion.token_ids_L) for e in batch.entries),
         ).with_backlog(self._stream.backlog())
@@ -308,14 +301,8 @@ class Controller:
             SampleRequest(group_id=f"eval-{self._state.step:06d}-{i:04d}", token_ids_P=p.token_ids_P, seeds_G=(0,))
             for i, p in enumerate(prompts)
         ]
-        asked = {request.group_id: (prompt, request) for prompt, request in zip(prompts, requests, strict=True)}
-        scoring: dict[str, asyncio.Task[ScoredGroup]] = {}
         with self._clock.stage("eval"), self._waiting(f"the evaluation of {len(requests)} held-out prompts"):
-            async with asyncio.TaskGroup() as tasks:
-                async for sample in self._crew.samplers.generate(requests, config.rollout.sampling.greedy()):
-                    work = self._stream.score(sample, *asked[sample.group_id])
-                    scoring[sample.group_id] = tasks.create_task(work)
-            groups = [scoring[request.group_id].result() for request in requests]
+            groups = await self._stream.sample_aside(prompts, requests, config.rollout.sampling.greedy())
         result = evaluate([g.scored_G[0] for g in groups], config.deciding_reward, config.eval.success_at)
         self._records.extend(eval_records(groups, self._state.step))
         if result.accuracy is None:
@@ -426,12 +413,6 @@ class Controller:
             writing, self._writing = self._writing, None
             with self._clock.stage("wait"), self._waiting("the rollouts to be written"):
                 await writing
-
-    def _next_baseline(self, batch: StepBatch) -> float | None:
-        rewards = batch.rewards()
-        if not isinstance(self._config.advantage, Reinforce) or len(rewards) == 0:
-            return self._state.baseline
-        return self._config.advantage.next_baseline(self._state.baseline, mean(rewards))
 
     def _is_due(self, every: int) -> bool:
         done = self._state.step - self._warm_steps

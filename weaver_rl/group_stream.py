@@ -21,7 +21,7 @@ from weaver_rl.pacing import Ledger
 from weaver_rl.rewards.combine import combine
 from weaver_rl.rewards.config import RewardSpec
 from weaver_rl.roles import PromptSource, RewardPool, SamplerPool
-from weaver_rl.rollout import RolloutConfig, completion_seed, group_id_of
+from weaver_rl.rollout import RolloutConfig, SamplingConfig, completion_seed, group_id_of
 from weaver_rl.stage_clock import StageClock
 from weaver_rl.types import GroupSample, Prompt, Rollout, SampleRequest, newest_version, oldest_version
 from weaver_rl.waits import current_waits
@@ -35,6 +35,8 @@ class GroupEvents(Protocol):
     def generated(
         self, group_id: str, *, sampler: str, oldest_version: int, newest_version: int, num_tokens: int
     ) -> None: ...
+
+    def reissued(self, group_id: str, *, sampler: str, reason: str) -> None: ...
 
     def scored(self, group_id: str, *, num_missing: int) -> None: ...
 
@@ -122,6 +124,7 @@ class GroupStream:
                 continue
             self._ledger.admit(group.position, group.oldest_version)
             self._ledger.finish(group.position)
+            self._admitted[group.position] = group.group_id
             self._finished[group.position] = group
         self._again.sort()
 
@@ -201,7 +204,7 @@ class GroupStream:
             del self._scoring[position]
         if position in self._refused:
             self._refused.remove(position)
-            self._sample_again([position])
+            self._sample_again([position], sample.sampler)
             return
         num_missing = sum(rollout.reward is None for rollout in scored.scored_G)
         self._events.scored(sample.group_id, num_missing=num_missing)
@@ -258,6 +261,22 @@ class GroupStream:
             self._dropped_for.pop(position, None)
         return [self._finished.pop(position) for position in chosen]
 
+    async def sample_aside(
+        self, prompts: Sequence[Prompt], requests: Sequence[SampleRequest], sampling: SamplingConfig
+    ) -> list[ScoredGroup]:
+        """Groups that no step trains, sampled and scored beside the stream, in the order of the requests."""
+        asked = {request.group_id: (prompt, request) for prompt, request in zip(prompts, requests, strict=True)}
+        scoring: dict[str, asyncio.Task[ScoredGroup]] = {}
+        try:
+            async for sample in self._samplers.generate(requests, sampling):
+                work = self.score(sample, *asked[sample.group_id])
+                scoring[sample.group_id] = asyncio.create_task(work)
+            return [await scoring[request.group_id] for request in requests]
+        finally:
+            for task in scoring.values():
+                task.cancel()
+            await asyncio.gather(*scoring.values(), return_exceptions=True)
+
     def distrust(self, sampler: str, version: int) -> int:
         """Samples again what a sampler made with weights of `version` that were not the learner's; returns how many."""
         again = [
@@ -266,11 +285,14 @@ class GroupStream:
         for position in again:
             del self._finished[position]
             self._ledger.unfinish(position)
-        for position, sample in self._scoring.items():
-            if sample.sampler == sampler and newest_version(sample.completions_G) >= version:
-                self._refused.add(position)
-        self._sample_again(again)
-        return len(again) + len(self._refused)
+        refused = {
+            position
+            for position, sample in self._scoring.items()
+            if sample.sampler == sampler and newest_version(sample.completions_G) >= version
+        }
+        self._refused |= refused
+        self._sample_again(again, sampler)
+        return len(again) + len(refused)
 
     def metrics(self) -> dict[str, float]:
         """How much is ahead of the learner."""
@@ -287,11 +309,12 @@ class GroupStream:
 
     # -- small things ----------------------------------------------------------------------------------------------
 
-    def _sample_again(self, positions: Sequence[int]) -> None:
-        if positions:
-            prompts = [self._prompts.prompt(position) for position in positions]
-            requests = [self._request(position, prompt) for position, prompt in zip(positions, prompts, strict=True)]
-            self._sample(positions, prompts, requests)
+    def _sample_again(self, positions: Sequence[int], distrusted: str) -> None:
+        prompts = [self._prompts.prompt(position) for position in positions]
+        requests = [self._request(position, prompt) for position, prompt in zip(positions, prompts, strict=True)]
+        for request in requests:
+            self._events.reissued(request.group_id, sampler=distrusted, reason="its weights were not the learner's")
+        self._sample(positions, prompts, requests)
 
     def _sample(self, positions: Sequence[int], prompts: Sequence[Prompt], requests: Sequence[SampleRequest]) -> None:
         if requests:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from weaver_rl.batch import StepBatch
+from weaver_rl.advantages import Grpo, MeanCentered, Reinforce, Rloo
+from weaver_rl.batch import StepBatch, sequence_datum
 from weaver_rl.config import RunConfig
 from weaver_rl.off_policy import LearnInput, correct, gap_metrics, likely_gap_cause, require_small_gap
-from weaver_rl.roles import LearnerGroup
-from weaver_rl.types import ForwardBackwardOutput, OptimStepOutput
+from weaver_rl.roles import LearnerGroup, PromptSource
+from weaver_rl.summation import mean
+from weaver_rl.types import Datum, ForwardBackwardOutput, OptimStepOutput
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -69,3 +71,24 @@ async def learn(
     metrics = gap_metrics(gap) | learn_input.ratio_metrics()
     metrics |= learn_input.importance_metrics(config.loss, config.correction)
     return Learned(output=output, update=update, metrics=metrics)
+
+
+def next_baseline(
+    batch: StepBatch, estimator: Grpo | MeanCentered | Rloo | Reinforce, baseline: float | None
+) -> float | None:
+    """The running baseline after a batch; only `reinforce` has one."""
+    rewards = batch.rewards()
+    if not isinstance(estimator, Reinforce) or len(rewards) == 0:
+        return baseline
+    return estimator.next_baseline(baseline, mean(rewards))
+
+
+def demonstration_data(config: RunConfig, step: int, prompts: PromptSource) -> list[Datum]:
+    """The data of a step of the warm start, counted from 1."""
+    assert config.warm_start is not None
+    num = config.warm_start.prompts_per_step
+    pairs = [prompts.demonstration((step - 1) * num + i) for i in range(num)]
+    return [
+        sequence_datum(f"{step:06d}-{i:04d}", prompt.token_ids_P, completion)
+        for i, (prompt, completion) in enumerate(pairs)
+    ]

@@ -12,10 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from rich.console import Console
 
-from weaver_rl.advantages import Grpo, MeanCentered, Reinforce, Rloo
-from weaver_rl.batch import StepBatch, build_batch, sequence_datum
-from weaver_rl.config import RunConfig
-from weaver_rl.learn_step import learn
+from weaver_rl.batch import StepBatch, build_batch
+from weaver_rl.learn_step import demonstration_data, learn, next_baseline
 from weaver_rl.losses.config import CrossEntropy
 from weaver_rl.metrics import MetricsLine
 from weaver_rl.off_policy import LearnInput
@@ -24,8 +22,7 @@ from weaver_rl.replay_plan import ReplayPlan, grouped, train_rows
 from weaver_rl.roles import LearnerGroup, PromptSource
 from weaver_rl.rollout_files import RecordedRollout
 from weaver_rl.step_metrics import step_metrics
-from weaver_rl.summation import mean
-from weaver_rl.types import Datum, Float32Array
+from weaver_rl.types import Float32Array
 
 _OF_THE_UPDATE = ("lag/", "logprob_gap/", "ratio/", "importance_weights/", "correction/")
 """Families of metrics that a replay must have again wherever the run had them."""
@@ -101,27 +98,6 @@ async def replay_steps(
         on_step(replayed)
         replays.append(replayed)
     return replays
-
-
-def next_baseline(
-    batch: StepBatch, estimator: Grpo | MeanCentered | Rloo | Reinforce, baseline: float | None
-) -> float | None:
-    """The running baseline after a batch; only `reinforce` has one."""
-    rewards = batch.rewards()
-    if not isinstance(estimator, Reinforce) or len(rewards) == 0:
-        return baseline
-    return estimator.next_baseline(baseline, mean(rewards))
-
-
-def demonstration_data(config: RunConfig, step: int, prompts: PromptSource) -> list[Datum]:
-    """The data of a step of the warm start, counted from 1."""
-    assert config.warm_start is not None
-    num = config.warm_start.prompts_per_step
-    pairs = [prompts.demonstration((step - 1) * num + i) for i in range(num)]
-    return [
-        sequence_datum(f"{step:06d}-{i:04d}", prompt.token_ids_P, completion)
-        for i, (prompt, completion) in enumerate(pairs)
-    ]
 
 
 async def _replay_warm_start_step(

@@ -11,12 +11,13 @@ A sampler serves from the moment it holds the newest weights and has passed the 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from weaver_rl.errors import ActorFailedError, ResourcesError, UserError, WeaverRLError
+from weaver_rl.errors import ActorFailedError, LearnerLostError, ResourcesError, UserError, WeaverRLError
 from weaver_rl.roles import FleetEvents, SamplerFactory, SamplerReplica
 from weaver_rl.rollout import SamplingConfig
 from weaver_rl.types import Float32Array, GroupSample, PublishedWeights, SampleRequest
@@ -56,6 +57,9 @@ class _Member:
     owed: dict[str, _Wave] = field(default_factory=dict)
     lost: str | None = None
     """Why the sampler behind the name is to be replaced."""
+    has_no_room: bool = False
+    """Its last start found no resources."""
+    streams: set[asyncio.Task[None]] = field(default_factory=set)
     changed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set when it was lost, is to leave, or owes nothing any more."""
 
@@ -143,8 +147,13 @@ class SamplerFleet:
             await self._end_wave(wave)
 
     async def load_weights(self, weights: PublishedWeights, only: str | None = None) -> None:
-        """Every serving sampler (or the one named) loads them; one that cannot is lost."""
-        await self._ask_all(lambda replica: replica.load_weights(weights), only)
+        """Every serving sampler (or the one named) loads them; one that cannot is lost.
+
+        The one named held wrong ones: what it is sampling with them begins anew.
+        """
+        loaded = await self._ask_all(lambda replica: replica.load_weights(weights), only)
+        if only is not None and only in loaded:
+            await self._begin_anew(self._members[only])
 
     async def score(self, token_ids: Sequence[int]) -> Mapping[str, Float32Array]:
         """The answer of every serving sampler; one that does not answer is lost."""
@@ -154,12 +163,13 @@ class SamplerFleet:
         """Ends a sampler that cannot be trusted; what it owes, or delivered and nobody took yet, goes to others."""
         for wave in self._waves:
             delivered = [wave.arrived.get_nowait() for _ in range(wave.arrived.qsize())]
+            untrusted = [item for item in delivered if isinstance(item, GroupSample) and item.sampler == name]
             for item in delivered:
-                if isinstance(item, GroupSample) and item.sampler == name:
-                    self._members[name].owed[item.group_id] = wave
-                else:
+                if item not in untrusted:
                     wave.arrived.put_nowait(item)
-        self._lose(self._members[name], reason)
+            self._reissue(wave, [item.group_id for item in untrusted], name, reason)
+        if (member := self._members.get(name)) is not None:
+            self._lose(member, reason)
 
     # -- size ------------------------------------------------------------------------------------------------------
 
@@ -197,6 +207,10 @@ class SamplerFleet:
             try:
                 await self._serve(member)
                 num_failed = 0
+            except LearnerLostError as error:
+                # The newest weights are gone with it. Who waits for groups must know: the learner alone can mend it.
+                self._tell_waves(error)
+                await asyncio.sleep(PAUSE_BEFORE_RETRY_S)
             except WeaverRLError as error:
                 num_failed += 1
                 self._events.sampler_lost(member.name, str(error), 0)
@@ -209,6 +223,7 @@ class SamplerFleet:
                 if replica is not None:
                     await replica.close(kill=member.lost is not None)
         del self._members[member.name]
+        self._is_up(member)  # or it leaves before it ever was; nobody is to wait for it
         self._events.sampler_left(member.name)
 
     async def _serve(self, member: _Member) -> None:
@@ -216,7 +231,7 @@ class SamplerFleet:
         why = f", the last was lost: {member.lost}" if member.lost else ""
         with current_waits().waiting(member.name, f"starts its engine{why}", about=lambda: self._unassigned):
             member.replica = await self._factory.start(member.name)
-        member.lost = None
+        member.lost, member.has_no_room = None, False
         member.changed.clear()
         with current_waits().waiting(member.name, "gets the newest weights", about=lambda: self._unassigned):
             await self._bring_up(member.replica, lambda: self._join(member))
@@ -233,13 +248,16 @@ class SamplerFleet:
 
     def _join(self, member: _Member) -> None:
         member.serving = True
-        self._starting.discard(member.name)
-        if not self._starting:
-            self._started.set()
+        self._is_up(member)
         self._events.sampler_joined(member.name)
         waiting, self._unassigned = self._unassigned, {}
         for wave in dict.fromkeys(waiting.values()):
             self._assign(wave, [wave.owed[group_id] for group_id, its in waiting.items() if its is wave])
+
+    def _is_up(self, member: _Member) -> None:
+        self._starting.discard(member.name)
+        if not self._starting:
+            self._started.set()
 
     async def _watch(self, member: _Member, replica: SamplerReplica) -> None:
         while True:
@@ -266,33 +284,53 @@ class SamplerFleet:
         for wave in dict.fromkeys(owed.values()):
             lost = [group_id for group_id, its in owed.items() if its is wave and group_id in wave.owed]
             for group_id in lost:
-                self._events.group_reissued(group_id, member.name, reason)
                 wave.num_issues[group_id] = wave.num_issues.get(group_id, 0) + 1
                 if wave.num_issues[group_id] >= MAX_ISSUES:
                     wave.arrived.put_nowait(ActorFailedError(_poison(group_id, wave, member, reason)))
-            self._assign(wave, [wave.owed[group_id] for group_id in lost])
+            self._reissue(wave, lost, member.name, reason)
         member.changed.set()
+
+    async def _begin_anew(self, member: _Member) -> None:
+        """What it owes is asked for once more, of whoever owes least."""
+        streams = list(member.streams)
+        for stream in streams:
+            stream.cancel()
+        await asyncio.gather(*streams, return_exceptions=True)
+        owed, member.owed = member.owed, {}
+        for wave in dict.fromkeys(owed.values()):
+            groups = [group_id for group_id, its in owed.items() if its is wave]
+            self._reissue(wave, groups, member.name, "it held wrong weights")
 
     def _is_hopeless(self, member: _Member, error: WeaverRLError, num_failed: int) -> bool:
         """A user's mistake is; a lack of resources only if nobody else can go on meanwhile: nodes may come back."""
-        others_go_on = any(other.replica is not None for other in self._members.values() if other is not member)
-        if isinstance(error, ResourcesError) and others_go_on and member.name not in self._starting:
+        member.has_no_room = isinstance(error, ResourcesError)
+        others_go_on = any(not (other.has_no_room or other.leaving) for other in self._members.values())
+        if member.has_no_room and others_go_on and member.name not in self._starting:
             return False
         return isinstance(error, UserError) or num_failed >= MAX_FAILED_STARTS
 
     def _give_up(self, member: _Member, error: WeaverRLError) -> None:
         """Without this name the run goes on; without any it cannot, nor when the first start shows a mistake."""
         del self._members[member.name]
-        if not self._members or member.name in self._starting or isinstance(error, UserError):
+        nobody_stays = all(other.leaving for other in self._members.values())
+        if nobody_stays or member.name in self._starting or isinstance(error, UserError):
             self._fail(error)
 
     def _fail(self, error: Exception) -> None:
         self._failure = error
         self._started.set()
+        self._tell_waves(error)
+
+    def _tell_waves(self, error: Exception) -> None:
         for wave in self._waves:
             wave.arrived.put_nowait(error)
 
     # -- groups ----------------------------------------------------------------------------------------------------
+
+    def _reissue(self, wave: _Wave, group_ids: Sequence[str], sampler: str, reason: str) -> None:
+        for group_id in group_ids:
+            self._events.group_reissued(group_id, sampler, reason)
+        self._assign(wave, [wave.owed[group_id] for group_id in group_ids])
 
     def _assign(self, wave: _Wave, requests: Sequence[SampleRequest]) -> None:
         """Each to the serving sampler that owes least, in one call per sampler."""
@@ -311,8 +349,9 @@ class SamplerFleet:
             member = self._members[name]
             assert member.replica is not None
             stream = self._spawn(self._stream(member, member.replica, wave, share))
-            wave.streams.add(stream)
-            stream.add_done_callback(wave.streams.discard)
+            for streams in (wave.streams, member.streams):
+                streams.add(stream)
+                stream.add_done_callback(streams.discard)
 
     async def _stream(
         self, member: _Member, replica: SamplerReplica, wave: _Wave, requests: Sequence[SampleRequest]
@@ -321,8 +360,12 @@ class SamplerFleet:
         timeout_s = self._generate_timeout_s
         try:
             with current_waits().waiting(member.name, f"samples {len(left)} groups", timeout_s=timeout_s, about=left):
-                async with asyncio.timeout(timeout_s):
-                    async for groups in replica.generate(requests, wave.sampling):
+                # Closed here and now, not when it is collected: what is left of its groups must not go on.
+                async with (
+                    asyncio.timeout(timeout_s),
+                    contextlib.aclosing(replica.generate(requests, wave.sampling)) as arriving,
+                ):
+                    async for groups in arriving:
                         if member.replica is not replica or member.lost is not None:
                             return  # its groups are others' by now, and it may be distrusted
                         for group in groups:
@@ -352,6 +395,9 @@ class SamplerFleet:
             self._unassigned.pop(group_id, None)
             for member in self._members.values():
                 member.owed.pop(group_id, None)
+        for member in self._members.values():
+            if member.leaving:
+                member.changed.set()
         await asyncio.gather(*streams, return_exceptions=True)
 
     # -- small things ----------------------------------------------------------------------------------------------
@@ -367,6 +413,8 @@ class SamplerFleet:
         answers = await asyncio.gather(*(ask(replica) for replica in replicas), return_exceptions=True)
         found: dict[str, T] = {}
         for member, replica, answer in zip(asked, replicas, answers, strict=True):
+            if isinstance(answer, LearnerLostError):
+                raise answer
             if isinstance(answer, WeaverRLError):
                 self._lose_if(member, replica, str(answer))
             elif isinstance(answer, BaseException):

@@ -524,7 +524,6 @@ def test_a_failing_reward_pool_ends_the_run_and_its_siblings(tmp_path: Path):
         raise RuntimeError("the pool is gone")
 
     run.rewards.score = score
-    with pytest.raises(BaseExceptionGroup) as failed:
+    with pytest.raises(RuntimeError, match="the pool is gone"):
         run.go()
-    assert str(first(failed.value)) == "the pool is gone"
     assert run.tasks_left == []

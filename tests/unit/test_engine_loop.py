@@ -70,6 +70,10 @@ class FakeEngine:
         self._left = {group: left for group, left in self._left.items() if left}
         return [GroupSample(group_id=g, completions_G=(make_completion(),), sampler=self.name) for g in done]
 
+    def abort(self, group_ids: Sequence[str]) -> None:
+        for group_id in group_ids:
+            del self._left[group_id]
+
     def abort_all(self) -> list[str]:
         lost = list(self._left)
         self._left, self._scores = {}, {}
@@ -132,14 +136,27 @@ def test_what_comes_during_a_step_joins_the_next(rig: Rig):
     assert rig.engine.steps == [("a",), ("a", "b"), ("b",)]
 
 
-def test_a_group_that_is_in_flight_is_refused_and_the_first_goes_on(rig: Rig):
-    first = rig.hold("a")
+def test_a_group_asked_for_again_takes_the_place_of_the_first(rig: Rig):
+    """A learner that was lost sends the run back: what was in flight is asked for again, and the news of the end of the
+    first may come later than the second."""
+    first = rig.hold("a", "b")
     again = rig.submit("a")
+    rig.loop.abort(first[:1])
     rig.engine.gate.set()
-    with pytest.raises(EngineError, match="group a is already being sampled"):
-        again[0].result(WAIT_S)
-    assert ids(first) == ["a"]
-    assert ids(rig.submit("a")) == ["a"]
+    with pytest.raises(EngineError, match="group a was aborted"):
+        first[0].result(WAIT_S)
+    assert ids([first[1], *again]) == ["b", "a"]
+
+
+def test_an_aborted_group_is_dropped_and_others_go_on(rig: Rig):
+    first = rig.hold("a", "b")
+    rig.loop.abort(first[:1])
+    rig.engine.gate.set()
+    with pytest.raises(EngineError, match="group a was aborted"):
+        first[0].result(WAIT_S)
+    assert ids(first[1:]) == ["b"]
+    rig.loop.abort(first)
+    assert not rig.loop.is_busy
 
 
 def test_a_bad_request_fails_alone(rig: Rig):

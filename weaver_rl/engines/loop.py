@@ -101,8 +101,8 @@ class EngineLoop:
                 self._engine.reset_cache()
             for request, future in zip(requests, futures, strict=True):
                 if request.group_id in self._groups:
-                    future.set_exception(EngineError(f"group {request.group_id} is already being sampled"))
-                    continue
+                    # Whoever asked before has gone, and the news of that is still on its way.
+                    self._drop([request.group_id])
                 try:
                     self._engine.add(request, sampling)
                 except Exception as error:  # noqa: BLE001 - boundary: one bad request must not end the others
@@ -127,17 +127,17 @@ class EngineLoop:
         """Runs `function(engine)` between two engine steps."""
         return self._send(lambda: function(self._engine))
 
-    def abort(self, group_ids: Sequence[str]) -> None:
-        """Drops groups that nobody wants any more; their futures fail. Unknown ones are passed over."""
-
-        def drop() -> None:
-            known = [group_id for group_id in group_ids if group_id in self._groups]
-            self._engine.abort(known)
-            for group_id in known:
-                self._groups.pop(group_id).set_exception(EngineError(f"group {group_id} was aborted"))
-
+    def abort(self, futures: Sequence[Future[GroupSample]]) -> None:
+        """Drops groups that nobody wants any more, given what `submit` returned for them; the futures fail."""
+        unwanted = set(futures)
         with contextlib.suppress(EngineError):  # closed: nothing is in flight
-            self._send(drop)
+            # By future, not by name: the same group may have been asked for again since.
+            self._send(lambda: self._drop([name for name, future in self._groups.items() if future in unwanted]))
+
+    def _drop(self, group_ids: Sequence[str]) -> None:
+        self._engine.abort(group_ids)
+        for group_id in group_ids:
+            self._groups.pop(group_id).set_exception(EngineError(f"group {group_id} was aborted"))
 
     @property
     def num_steps(self) -> int:
