@@ -31,7 +31,9 @@ async def answer(reference: Any, *, actor: str, doing: str, timeout_s: float, ab
     started = time.monotonic()
     try:
         with current_waits().waiting(actor, doing, timeout_s=timeout_s, about=about):
-            return await asyncio.wait_for(_future(reference), timeout_s)
+            # Not `wait_for`: that of Python 3.11 may swallow a cancellation that comes with the answer.
+            async with asyncio.timeout(timeout_s):
+                return await reference
     except TimeoutError:
         raise ActorFailedError(f"{actor} did not answer within {timeout_s:g} s while it was {doing}") from None
     except RayError as error:
@@ -79,10 +81,6 @@ def explained(error: Exception, actor: str, doing: str, seconds: float) -> Excep
 
 def _first_line(error: Exception) -> str:
     return " ".join(str(error).split())[:400]
-
-
-async def _future(reference: Any) -> Any:
-    return await reference
 
 
 def first_error(error: BaseException) -> BaseException:

@@ -81,6 +81,7 @@ class Cast:
             [f"reward worker {index}" for index in range(config.reward_workers.num_workers)],
             labels=[spec.component_name for spec in config.rewards],
             watch_every_s=min(WATCH_EVERY_S, config.reward_workers.unresponsive_after_s),
+            on_lost=self.events.worker_lost,
         )
         self._samplers.start()
         async with asyncio.TaskGroup() as tasks:
@@ -98,7 +99,12 @@ class Cast:
 
     def scale(self, num_samplers: int) -> None:
         """Adds samplers or lets some leave."""
-        if self._samplers is not None:
+        if self._transport != "object_store":
+            self.events.tell(
+                f"samplers cannot come or go while weights travel by {self._transport}; use weights.transport "
+                "object_store for that, or --resume with another sampler.num_replicas"
+            )
+        elif self._samplers is not None:
             self._samplers.scale(num_samplers)
 
     def facts(self) -> Mapping[str, Any]:
@@ -161,7 +167,7 @@ class Cast:
 
     async def _restart_learner(self) -> Sequence[Any]:
         await self._actors.kill_learner()
-        await self._reservation.placed_again()
+        await self._reservation.placed_again(self._placement.learner_bundles)
         spawn_learner(self._actors, self._config.learner, self._placement, self._reservation.group)
         await self._start_learner()
         if self._transport != "object_store":

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import logging
 import os
 import secrets
 import shutil
 import socket
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +36,9 @@ LOCAL = "local"
 CONNECT_TIMEOUT_S = 10.0
 ENDED_WITHIN_S = 10.0
 PLACEMENT_POLL_S = 0.5
+SESSION_PREFIX = "weaver-rl-"
+DRIVER_LOCK = "driver.lock"
+"""In a session's directory; locked while its driver or its reaper lives."""
 
 
 @contextlib.contextmanager
@@ -89,8 +95,11 @@ def _no_answer(address: str, reason: str) -> str:
 
 @contextlib.contextmanager
 def _local_cluster(logs: Path, stop: StopSignals) -> Iterator[None]:
+    _remove_abandoned_sessions()
     # Paths of sockets below it may have 107 characters at most, so it cannot be inside the run folder.
-    session = Path(tempfile.mkdtemp(prefix="weaver-rl-"))
+    session = Path(tempfile.mkdtemp(prefix=SESSION_PREFIX))
+    lock = _lock_session(session)
+    reaper = _start_reaper(session, lock)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     # Ray guards a cluster with a token; one of our own keeps it out of the home directory, where Ray would write it.
     os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -109,6 +118,41 @@ def _local_cluster(logs: Path, stop: StopSignals) -> Iterator[None]:
             ray.shutdown()
             _end_processes_of(session)
             shutil.rmtree(session, ignore_errors=True)
+            os.close(lock)
+            reaper.kill()
+            reaper.communicate()
+
+
+def _start_reaper(session: Path, lock: int) -> subprocess.Popen[bytes]:
+    """A process that outlives a killed driver (this one): the pipe to it closes then."""
+    return subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("reaper.py")), str(session)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        pass_fds=(lock,),  # it finds processes by the directory, which nobody may remove before it did
+        start_new_session=True,  # Ctrl-C in the terminal and its end are not meant for it
+    )
+
+
+def _lock_session(session: Path) -> int:
+    """Marks it as in use: the kernel lets the lock go with the processes that have it, however they die."""
+    aside = session / f".{DRIVER_LOCK}"
+    lock = os.open(aside, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    aside.rename(session / DRIVER_LOCK)  # never there unlocked while it is in use
+    return lock
+
+
+def _remove_abandoned_sessions() -> None:
+    """Of drivers of this user that were killed together with their reaper."""
+    for session in Path(tempfile.gettempdir()).glob(f"{SESSION_PREFIX}*"):
+        with contextlib.suppress(OSError):  # no lock in it, not ours to open, or in use (BlockingIOError)
+            if session.is_symlink() or session.stat().st_uid != os.getuid():
+                continue
+            with (session / DRIVER_LOCK).open("rb") as lock:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(session, ignore_errors=True)
 
 
 def _end_processes_of(session: Path) -> None:
@@ -187,13 +231,13 @@ class Reservation:
         self._timeout_s = timeout_s
         self._more: dict[str, PlacementGroup] = {}
 
-    async def placed_again(self) -> None:
-        """Returns when every bundle is on a live node: Ray moves those of a lost node to others if they have room.
+    async def placed_again(self, bundles: Iterable[int]) -> None:
+        """Returns when these bundles are on live nodes: Ray moves those of a lost node to others if they have room.
 
         Raises:
             ResourcesError: there is none; says what is missing.
         """
-        if not await self._placed(self.group):
+        if not await self._placed(self.group, bundles):
             raise ResourcesError(
                 f"a node with actors of this run is gone, and for {self._timeout_s:g} s no other had room for them: "
                 + shortage(self._placement, _available())
@@ -203,7 +247,7 @@ class Reservation:
         """A bundle of its own for a sampler; asked for again under the same name it is the same."""
         if name not in self._more:
             self._more[name] = placement_group([dict(bundle)], strategy="PACK")
-        if not await self._placed(self._more[name]):
+        if not await self._placed(self._more[name], (0,)):
             remove_placement_group(self._more.pop(name))
             wanted = ", ".join(f"{kind} {amount:g}" for kind, amount in bundle.items())
             free = ", ".join(f"{kind} {_available().get(kind, 0.0):g}" for kind in bundle)
@@ -219,7 +263,7 @@ class Reservation:
             if group is not None:
                 remove_placement_group(group)
 
-    async def _placed(self, group: PlacementGroup) -> bool:
+    async def _placed(self, group: PlacementGroup, bundles: Iterable[int]) -> bool:
         with current_waits().waiting(
             "Ray", f"finds room for {len(group.bundle_specs)} bundles", timeout_s=self._timeout_s
         ):
@@ -227,7 +271,8 @@ class Reservation:
             end = time.monotonic() + self._timeout_s
             while time.monotonic() < end:
                 table: dict[str, Any] = await asyncio.to_thread(placement_group_table, group)
-                if table.get("state") == "CREATED":
+                nodes: dict[int, str] = table.get("bundles_to_node_id", {})
+                if all(nodes.get(bundle) for bundle in bundles):
                     return True
                 await asyncio.sleep(PLACEMENT_POLL_S)
         return False

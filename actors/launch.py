@@ -57,6 +57,7 @@ def train(config: RunConfig, *, resume: bool, overwrite: bool, console: Console)
     folder = RunFolder(config.folder.absolute())
     changed = check_resumable(folder.config_json, config) if resume else {}
     with StopSignals() as stop, folder.claim(resume=resume, overwrite=overwrite) as claim, _reported(claim, stop):
+        folder.scale_file.unlink(missing_ok=True)  # a wish of before a resume does not count
         write_atomically(folder.config_yaml, dump_config(config))
         write_atomically(folder.config_json, config.model_dump_json(indent=2) + "\n")
         with (

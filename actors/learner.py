@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
-from actors.calls import answer, together
+from actors.calls import answer, first_error, together
 from actors.identity import Identity, this_process
 from actors.object_store import Chunk, publish
 from actors.transfer_client import SamplerClient
@@ -176,7 +176,10 @@ class RayLearnerGroup:
     async def restart(self) -> None:
         if self._start_anew is None:
             raise RuntimeError("this learner cannot start anew")
-        self._ranks = list(await self._start_anew())
+        try:
+            self._ranks = list(await self._start_anew())
+        except* ActorFailedError as errors:
+            raise LearnerLostError(str(first_error(errors))) from errors
 
     async def forward(self, data: Sequence[Datum], temperature: float = 1.0) -> ForwardOutput:
         shards = self._shards(data)

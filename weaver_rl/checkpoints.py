@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,19 @@ class Checkpoints:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
         self._prune(step)
+
+    @contextlib.asynccontextmanager
+    async def written(self, step: int) -> AsyncIterator[Path]:
+        """`writing` for asyncio: hashing and fsync of many gigabytes are in a thread, the loop goes on meanwhile."""
+        writing = self.writing(step)
+        directory = await asyncio.to_thread(writing.__enter__)
+        try:
+            yield directory
+        except BaseException as error:
+            if not await asyncio.to_thread(writing.__exit__, type(error), error, error.__traceback__):
+                raise
+        else:
+            await asyncio.to_thread(writing.__exit__, None, None, None)
 
     def latest(self) -> Path | None:
         """The newest checkpoint whose files are as they were written; damaged ones are passed over with a warning."""

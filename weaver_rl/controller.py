@@ -147,13 +147,17 @@ class Controller:
             max_lag=self._config.rollout.max_lag,
             resumed=resume,
         )
-        if resume and not await self._restore("resumed"):
-            raise CheckpointError(
-                f"{self._folder.checkpoints} holds no usable checkpoint to resume from; start again with --overwrite"
-            )
         num_losses, lost_at = 0, -1
+        lost: LearnerLostError | None = None
         while True:
             try:
+                if lost is not None:
+                    await self._restart_learner(lost)
+                elif resume and not await self._restore("resumed"):
+                    raise CheckpointError(
+                        f"{self._folder.checkpoints} holds no usable checkpoint to resume from; start again with "
+                        "--overwrite"
+                    )
                 await self._train()
                 return self._summary()
             except LearnerLostError as error:
@@ -161,7 +165,7 @@ class Controller:
                 lost_at = max(lost_at, self._state.step)
                 if num_losses > MAX_LEARNER_LOSSES:
                     raise
-                await self._restart_learner(error)
+                lost = error
 
     async def _train(self) -> None:
         """From where the state stands to the end."""
@@ -286,6 +290,8 @@ class Controller:
         with self._clock.stage("sync"), self._waiting(f"samplers to load weights v{self._state.step}"):
             report = await self._sync(self._state.step)
         self._synced = self._state.step
+        for sampler in (*report.resynced, *report.unproven):
+            self._stream.distrust(sampler, report.version)
         for sampler in report.resynced:
             self._view.note(f"{sampler} kept older weights at v{report.version}; it was sent them again")
         for sampler in report.replaced:
@@ -364,7 +370,7 @@ class Controller:
         backlog = self._stream.backlog() if step > self._warm_steps else self._state.backlog()
         self._state = self._state.with_backlog(backlog)
         await self._journal.flush()
-        with self._checkpoints.writing(step) as directory:
+        async with self._checkpoints.written(step) as directory:
             await self._crew.learner.save_state(directory)
             await asyncio.to_thread(save_backlog, directory, backlog)
             save_controller_state(directory, self._state.to_json())
@@ -373,7 +379,7 @@ class Controller:
 
     async def _restore(self, why: str) -> bool:
         """Goes back to the newest checkpoint that is whole; False when there is none."""
-        directory = self._checkpoints.latest()
+        directory = await asyncio.to_thread(self._checkpoints.latest)
         if directory is None:
             return False
         state = RunState.from_json(load_controller_state(directory))

@@ -72,4 +72,8 @@ class LearnerLostError(ActorFailedError):
 
 
 class EngineError(WeaverRLError, RuntimeError):
-    """The inference engine refused a request or stopped; names the request."""
+    """The inference engine refused a request; names it."""
+
+
+class EngineLostError(EngineError, ActorFailedError):
+    """The inference engine stopped or a step of it failed: what was in flight must be sampled elsewhere."""

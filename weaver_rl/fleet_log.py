@@ -20,6 +20,7 @@ class FleetLog:
         self._journal: Journal | None = None
         self._view: LiveView | None = None
         self._known: set[str] = set()
+        self._told: dict[str, str] = {}
 
     def listen(self, journal: Journal, view: LiveView) -> None:
         self._journal, self._view = journal, view
@@ -27,10 +28,15 @@ class FleetLog:
     def sampler_joined(self, name: str) -> None:
         self._write(name, "joined", f"{name} is up again" if name in self._known else None)
         self._known.add(name)
+        self._told.pop(name, None)
 
     def sampler_lost(self, name: str, reason: str, num_groups: int) -> None:
         self._known.add(name)
-        self._write(name, "lost", f"{name} is lost, {num_groups} groups go to others: {reason}", reason=reason)
+        owed = f", {num_groups} groups go to others" if num_groups else ""
+        # One that finds no room is tried again and again, for hours where a cluster has to grow: told once.
+        told = self._told.get(name) == reason
+        self._told[name] = reason
+        self._write(name, "lost", None if told else f"{name} is lost{owed}: {reason}", reason=reason)
 
     def sampler_left(self, name: str) -> None:
         self._write(name, "left", f"{name} has left")
@@ -40,6 +46,15 @@ class FleetLog:
         # An evaluation's groups are no prompts of the training stream.
         if self._journal is not None and group_id.isdigit():
             self._journal.reissued(group_id, sampler=sampler, reason=reason)
+
+    def worker_lost(self, name: str, reason: str) -> None:
+        """A reward worker; another scores its group."""
+        self._write(name, "lost", f"{name} is lost and replaced: {reason}", reason=reason)
+
+    def tell(self, note: str) -> None:
+        """A line for the person who watches."""
+        if self._view is not None:
+            self._view.note(note)
 
     def _write(self, name: str, what: str, note: str | None, **detail: str) -> None:
         if self._journal is not None:

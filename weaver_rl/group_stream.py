@@ -117,9 +117,9 @@ class GroupStream:
         await self.stop()
         self._begin(backlog)
         due_first = sorted(backlog.finished, key=lambda group: (group.oldest_version, group.position))
-        for number, group in enumerate(due_first):
+        for group in due_first:
             last_step = group.oldest_version + self._config.max_lag + 1
-            if number >= (last_step - version) * self._config.prompts_per_step:
+            if len(self._finished) >= (last_step - version) * self._config.prompts_per_step:
                 self._again.append(group.position)
                 continue
             self._ledger.admit(group.position, group.oldest_version)
@@ -191,13 +191,13 @@ class GroupStream:
                 self._count_sampling(-1)
                 position, prompt, request = asked[sample.group_id]
                 self._record(sample)
+                self._scoring[position] = sample  # at once: `distrust` must find it wherever it is
                 self._spawn(self._finish(position, sample, prompt, request))
                 self._changed.set()
         finally:
             self._count_sampling(-left)
 
     async def _finish(self, position: int, sample: GroupSample, prompt: Prompt, request: SampleRequest) -> None:
-        self._scoring[position] = sample
         try:
             scored = await self.score(sample, prompt, request, position)
         finally:

@@ -8,10 +8,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any
 
-from weaver_rl.errors import ActorFailedError, UserError, WeaverRLError
+from weaver_rl.errors import ActorFailedError, WeaverRLError
 from weaver_rl.roles import RewardFactory, RewardReplica
 from weaver_rl.types import RewardComponent, Rollout
 from weaver_rl.waits import current_waits
@@ -32,15 +32,23 @@ class RewardFleet:
         names: the workers.
         labels: names of the components, in order: what is missing when no worker could say.
         watch_every_s: how often a worker that scores is asked whether it lives.
+        on_lost: is told the name of a lost worker and the reason.
     """
 
     def __init__(
-        self, factory: RewardFactory, names: Sequence[str], *, labels: Sequence[str], watch_every_s: float
+        self,
+        factory: RewardFactory,
+        names: Sequence[str],
+        *,
+        labels: Sequence[str],
+        watch_every_s: float,
+        on_lost: Callable[[str, str], None] = lambda name, reason: None,
     ) -> None:
         self._factory = factory
         self._names = tuple(names)
         self._labels = tuple(labels)
         self._watch_every_s = watch_every_s
+        self._on_lost = on_lost
         self._free: asyncio.Queue[RewardReplica | Exception] = asyncio.Queue()
         self._alive: set[RewardReplica] = set()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -56,16 +64,22 @@ class RewardFleet:
         """The components of each rollout, in order. Raises ActorFailedError when no worker is left."""
         group = rollouts[0].rollout_id.rpartition("-")[0]
         reason = ""
-        for _ in range(MAX_TRIES):
+        num_tries = 0
+        while num_tries < MAX_TRIES:
             with current_waits().waiting("reward workers", "are all busy or lost", on=self._names, about=(group,)):
                 replica = await self._free.get()
             if isinstance(replica, Exception):
                 self._free.put_nowait(replica)
                 raise replica
             try:
+                if num_tries:
+                    # One that died idle, with its node perhaps, was not lost over this group: no try of it.
+                    await replica.check()
+                num_tries += 1
                 scored = await self._watched(replica, rollouts)
             except ActorFailedError as error:
                 reason = str(error)
+                self._on_lost(replica.name, reason)
                 self._spawn(self._replace(replica))
             except BaseException:
                 self._free.put_nowait(replica)
@@ -105,16 +119,13 @@ class RewardFleet:
         self._free.put_nowait(replica)
 
     async def _replace(self, replica: RewardReplica) -> None:
-        self._alive.discard(replica)
         await replica.close(kill=True)
+        self._alive.discard(replica)  # not before: if this is cut short, `close` ends it
         error: WeaverRLError | None = None
         for attempt in range(MAX_FAILED_STARTS):
             try:
                 with current_waits().waiting(replica.name, "starts in place of one that was lost"):
                     await self._start(replica.name)
-            except UserError as failed:
-                error = failed
-                break
             except WeaverRLError as failed:
                 error = failed
                 await asyncio.sleep(PAUSE_BEFORE_RETRY_S * (attempt + 1))

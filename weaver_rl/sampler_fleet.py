@@ -13,9 +13,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import heapq
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+import itertools
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from weaver_rl.errors import ActorFailedError, LearnerLostError, ResourcesError, UserError, WeaverRLError
 from weaver_rl.roles import FleetEvents, SamplerFactory, SamplerReplica
@@ -94,13 +95,14 @@ class SamplerFleet:
         self._events = events
         self._bring_up: BringUp = _serve_at_once
         self._members = {name: _Member(name) for name in names}
-        self._num_named = len(names)
         self._starting = set(names)
         self._started = asyncio.Event()
         self._unassigned: dict[str, _Wave] = {}
         self._waves: set[_Wave] = set()
+        self._open: set[SamplerReplica] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._failure: Exception | None = None
+        self._closing = False
 
     # -- what the controller asks ----------------------------------------------------------------------------------
 
@@ -153,7 +155,7 @@ class SamplerFleet:
         """
         loaded = await self._ask_all(lambda replica: replica.load_weights(weights), only)
         if only is not None and only in loaded:
-            await self._begin_anew(self._members[only])
+            self._begin_anew(self._members[only])
 
     async def score(self, token_ids: Sequence[int]) -> Mapping[str, Float32Array]:
         """The answer of every serving sampler; one that does not answer is lost."""
@@ -168,7 +170,8 @@ class SamplerFleet:
                 if item not in untrusted:
                     wave.arrived.put_nowait(item)
             self._reissue(wave, [item.group_id for item in untrusted], name, reason)
-        if (member := self._members.get(name)) is not None:
+        member = self._members.get(name)
+        if member is not None and (member.serving or member.leaving):  # else it is lost already, and another starts
             self._lose(member, reason)
 
     # -- size ------------------------------------------------------------------------------------------------------
@@ -181,9 +184,11 @@ class SamplerFleet:
     def scale(self, num_samplers: int) -> None:
         """Adds samplers, or lets the youngest leave after they finished what they have."""
         staying = [member for member in self._members.values() if not member.leaving]
+        # The lowest names that are free: those of the beginning have a place of their own to come back to.
+        names = (f"sampler {index}" for index in itertools.count())
+        free = (name for name in names if name not in self._members)
         for _ in range(num_samplers - len(staying)):
-            member = _Member(f"sampler {self._num_named}")
-            self._num_named += 1
+            member = _Member(next(free))
             self._members[member.name] = member
             self._spawn(self._keep_up(member))
         for member in staying[num_samplers:]:
@@ -192,18 +197,21 @@ class SamplerFleet:
 
     async def close(self) -> None:
         """Ends every sampler and every task."""
+        self._closing = True  # a keeper whose cancellation a library swallowed goes no further than its next look
+        for member in self._members.values():
+            member.changed.set()
         tasks, self._tasks = self._tasks, set()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
-        replicas = [member.replica for member in self._members.values() if member.replica is not None]
-        await asyncio.gather(*(replica.close() for replica in replicas), return_exceptions=True)
+        # Those too whose ending was cut short just now.
+        await asyncio.gather(*(replica.close() for replica in self._open), return_exceptions=True)
 
     # -- one sampler -----------------------------------------------------------------------------------------------
 
     async def _keep_up(self, member: _Member) -> None:
         num_failed = 0
-        while not member.leaving:
+        while not member.leaving and not self._closing:
             try:
                 await self._serve(member)
                 num_failed = 0
@@ -222,6 +230,7 @@ class SamplerFleet:
                 replica, member.replica, member.serving = member.replica, None, False
                 if replica is not None:
                     await replica.close(kill=member.lost is not None)
+                    self._open.discard(replica)
         del self._members[member.name]
         self._is_up(member)  # or it leaves before it ever was; nobody is to wait for it
         self._events.sampler_left(member.name)
@@ -231,13 +240,14 @@ class SamplerFleet:
         why = f", the last was lost: {member.lost}" if member.lost else ""
         with current_waits().waiting(member.name, f"starts its engine{why}", about=lambda: self._unassigned):
             member.replica = await self._factory.start(member.name)
+            self._open.add(member.replica)
         member.lost, member.has_no_room = None, False
         member.changed.clear()
         with current_waits().waiting(member.name, "gets the newest weights", about=lambda: self._unassigned):
             await self._bring_up(member.replica, lambda: self._join(member))
         watch = self._spawn(self._watch(member, member.replica))
         try:
-            while member.lost is None and not (member.leaving and not member.owed):
+            while member.lost is None and not self._closing and not (member.leaving and not member.owed):
                 if member.leaving and member.serving:
                     member.serving = False
                     self._spawn(self._hand_over_late(member, member.replica))
@@ -290,12 +300,10 @@ class SamplerFleet:
             self._reissue(wave, lost, member.name, reason)
         member.changed.set()
 
-    async def _begin_anew(self, member: _Member) -> None:
+    def _begin_anew(self, member: _Member) -> None:
         """What it owes is asked for once more, of whoever owes least."""
-        streams = list(member.streams)
-        for stream in streams:
+        for stream in member.streams:
             stream.cancel()
-        await asyncio.gather(*streams, return_exceptions=True)
         owed, member.owed = member.owed, {}
         for wave in dict.fromkeys(owed.values()):
             groups = [group_id for group_id, its in owed.items() if its is wave]
@@ -305,16 +313,20 @@ class SamplerFleet:
         """A user's mistake is; a lack of resources only if nobody else can go on meanwhile: nodes may come back."""
         member.has_no_room = isinstance(error, ResourcesError)
         others_go_on = any(not (other.has_no_room or other.leaving) for other in self._members.values())
-        if member.has_no_room and others_go_on and member.name not in self._starting:
-            return False
-        return isinstance(error, UserError) or num_failed >= MAX_FAILED_STARTS
+        if member.has_no_room and member.name not in self._starting:
+            return not others_go_on
+        # Once it has worked, what looks like a mistake (too little free memory) may be over at the next try.
+        is_mistake = isinstance(error, UserError) and member.name in self._starting
+        return is_mistake or num_failed >= MAX_FAILED_STARTS
 
     def _give_up(self, member: _Member, error: WeaverRLError) -> None:
         """Without this name the run goes on; without any it cannot, nor when the first start shows a mistake."""
         del self._members[member.name]
         nobody_stays = all(other.leaving for other in self._members.values())
-        if nobody_stays or member.name in self._starting or isinstance(error, UserError):
+        if nobody_stays or member.name in self._starting:
             self._fail(error)
+        else:
+            self._events.sampler_left(member.name)
 
     def _fail(self, error: Exception) -> None:
         self._failure = error
@@ -363,7 +375,7 @@ class SamplerFleet:
                 # Closed here and now, not when it is collected: what is left of its groups must not go on.
                 async with (
                     asyncio.timeout(timeout_s),
-                    contextlib.aclosing(replica.generate(requests, wave.sampling)) as arriving,
+                    contextlib.aclosing(_closable(replica.generate(requests, wave.sampling))) as arriving,
                 ):
                     async for groups in arriving:
                         if member.replica is not replica or member.lost is not None:
@@ -437,6 +449,10 @@ class SamplerFleet:
         self._tasks.discard(task)
         if not task.cancelled() and isinstance(error := task.exception(), Exception):
             self._fail(error)
+
+
+def _closable(groups: AsyncIterator[Sequence[GroupSample]]) -> AsyncGenerator[Sequence[GroupSample], None]:
+    return cast(AsyncGenerator[Sequence[GroupSample], None], groups)
 
 
 def _words(member: _Member) -> str:

@@ -32,8 +32,7 @@ def wished_samplers(folder: RunFolder) -> int | None:
 
 
 async def follow_scale(folder: RunFolder, scale: Callable[[int], None], view: LiveView) -> None:
-    """Passes each new wish on, for as long as the run lasts. An older wish, of before a resume, does not count."""
-    folder.scale_file.unlink(missing_ok=True)
+    """Passes each new wish on, for as long as the run lasts."""
     followed: int | None = None
     while True:
         await asyncio.sleep(LOOK_EVERY_S)

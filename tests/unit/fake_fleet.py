@@ -43,7 +43,7 @@ WRONG_BY = 0.4
 """What a wrong load adds to theta."""
 
 Seconds = Callable[..., float]
-"""How long something takes; given what it is: ("generate", group, serial number of the sampler), ("load", name, ...)."""
+"""How long something takes; given what it is: ("generate", group, serial number of its sampler), ("load", name, …)."""
 
 
 def uniform(seed: int, shortest: float = 0.1, longest: float = 5.0) -> Seconds:
@@ -60,6 +60,7 @@ class Mortal:
         self.hung = False
         self.dead = asyncio.Event()
         self.closed = False
+        self.killed_in_s = 0.0
         self._upset = asyncio.Event()
 
     def die(self) -> None:
@@ -91,14 +92,14 @@ class Mortal:
 
     async def check(self) -> None:
         if self.hung and not self.dead.is_set():
-            await asyncio.wait({asyncio.ensure_future(self.dead.wait())}, timeout=UNRESPONSIVE_AFTER_S)
+            await asyncio.sleep(UNRESPONSIVE_AFTER_S)
             raise ActorFailedError(f"{self.name} did not answer whether it lives")
         if self.dead.is_set():
             raise ActorFailedError(f"{self.name} died")
 
     async def close(self, *, kill: bool = False) -> None:
         self.die()
-        await asyncio.sleep(0 if kill else 0.1)
+        await asyncio.sleep(self.killed_in_s if kill else 0.1)
         self.closed = True
 
 
@@ -143,6 +144,7 @@ class FakeSampler(Mortal):
 
     async def score(self, token_ids: Sequence[int]) -> Float32Array:
         await self._factory.before(self, "probe")
+        await self._factory.before(self, f"probe v{self._loaded[-1][0]}")
         await self.answer("answers the probe", self._factory.seconds("probe", self.name, self._loaded[-1][0]))
         theta = self._loaded[-1][1]
         return np.array([fake_logprob(theta, p, t) for p, t in itertools.pairwise(token_ids)], np.float32)
@@ -174,22 +176,23 @@ class FakeSamplers:
     """Starts samplers, and does to them what it was told."""
 
     seconds: Seconds = lambda *what: 1.0
-    failing_starts: list[tuple[str, Callable[[], WeaverRLError]]] = field(default_factory=list)
-    """(name, error): each fails one start of that name, in order."""
+    failing_starts: list[tuple[str, str, Callable[[], WeaverRLError]]] = field(default_factory=list)
+    """(name, "start" | "restart", error): each fails one such start of that name, in order."""
     wrong: dict[tuple[str, int], int] = field(default_factory=dict)
     """(name, version): how many of its loads of that version are wrong."""
     upsets: list[tuple[str, str, str]] = field(default_factory=list)
-    """(name, "start" | "load" | "probe", "die" | "hang"): happens at its next such call, once each."""
+    """(name, "start" | "restart" | "load" | "probe" | "probe v2", "die" | "hang"): at its next such call, once."""
     asked: list[tuple[str, str]] = field(default_factory=list)
     """(name, group) in the order of the requests."""
     made: list[FakeSampler] = field(default_factory=list)
 
     async def start(self, name: str) -> FakeSampler:
         sampler = FakeSampler(name, len(self.made), self)
-        await self.before(sampler, "start")
+        call = "restart" if any(other.name == name for other in self.made) else "start"
+        await self.before(sampler, call)
         await sampler.answer("starts its engine", self.seconds("start", name, sampler.serial))
-        for index, (which, error) in enumerate(self.failing_starts):
-            if which == name:
+        for index, (*which, error) in enumerate(self.failing_starts):
+            if which == [name, call]:
                 del self.failing_starts[index]
                 raise error()
         self.made.append(sampler)
@@ -239,13 +242,14 @@ class FakeRewardWorkers:
     upsets: dict[int, str] = field(default_factory=dict)
     """The how-manieth group that is scored: "die" or "hang"."""
     failing_starts: list[WeaverRLError] = field(default_factory=list)
+    """Each fails one start in place of a lost worker, in order."""
     asked: list[str] = field(default_factory=list)
     made: list[FakeRewardWorker] = field(default_factory=list)
 
     async def start(self, name: str) -> FakeRewardWorker:
         worker = FakeRewardWorker(name, len(self.made), self)
         await worker.answer("loads the rewards", self.seconds("start", name, worker._serial))
-        if self.made and self.failing_starts:
+        if self.failing_starts and any(other.name == name for other in self.made):
             raise self.failing_starts.pop(0)
         self.made.append(worker)
         return worker

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
+import itertools
 import json
 import os
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,12 +17,21 @@ import pytest
 from rich.console import Console
 
 from benchmarks.alternation import Effort, Ratio, alternate, ratio
+from benchmarks.chaos import Ended, require_survived, rows_of
 from benchmarks.child import Child
-from benchmarks.command import BENCHMARKS, main
+from benchmarks.command import BENCHMARKS, RESULTS, json_path, main
+from benchmarks.command_run import require_finished, train_steps
+from benchmarks.fleet_scale import Cost, Mark, Point, cost_of, growth_row
+from benchmarks.kill_plan import TITLES, kill_plan
 from benchmarks.machine import machine_facts
+from benchmarks.overlap import Stages, stages_of, step_seconds
 from benchmarks.results import Aim, Results, Row, number
 from benchmarks.scale import Scale
+from benchmarks.sleeping_sampler import Pace, SleepingSampler, fake_probe, stamps
 from benchmarks.step_share import outside_share
+from weaver_rl.audit_report import AuditReport
+from weaver_rl.rollout import SamplingConfig
+from weaver_rl.types import GroupSample, PublishedWeights, SampleRequest
 
 pytestmark = pytest.mark.unit
 
@@ -178,3 +192,166 @@ def test_a_child_that_fails_or_dies_says_why() -> None:
         child()
     with Child(build_exit, ()) as child, pytest.raises(RuntimeError, match=r"exit status 7:\nout of luck"):
         child()
+
+
+def test_what_takes_minutes_runs_only_by_name_and_has_a_file_of_its_own(tmp_path: Path) -> None:
+    ran: list[str] = []
+
+    def named(name: str) -> Callable[[Scale, Path], list[Row]]:
+        return lambda scale, folder: ran.append(name) or []  # type: ignore[func-returns-value]
+
+    assert main(["--json", str(tmp_path / "out.json")], {name: named(name) for name in BENCHMARKS}) == 0
+    assert ran == ["sampler", "learner", "sync", "step"]
+    assert json_path(ran) == RESULTS / "latest.json"
+    assert json_path(["chaos"]) == RESULTS / "chaos.json"
+
+
+# -- chaos -------------------------------------------------------------------------------------------------------------
+
+
+def test_the_kill_plan_follows_from_its_seed_and_every_three_kills_have_each_kind() -> None:
+    plan = list(itertools.islice(kill_plan(7, 20.0), 30))
+    assert plan == list(itertools.islice(kill_plan(7, 20.0), 30))
+    assert plan != list(itertools.islice(kill_plan(8, 20.0), 30))
+    assert all({kill.kind for kill in plan[i : i + 3]} == set(TITLES) for i in range(0, 30, 3))
+    assert all(10.0 <= kill.gap_s <= 30.0 for kill in plan)
+    assert {kill.victim(["first", "second"]) for kill in plan} == {"first", "second"}
+
+
+def ended(**changes: object) -> Ended:
+    report: dict[str, object] = {
+        "violations": (),
+        "state": "finished",
+        "first_step": 401,
+        "last_step": 500,
+        "num_trained": 6390,
+        "dropped": {"too few rewards": 10},
+        "groups_by_lag": {0: 6390},
+        "num_in_flight": 0,
+        "num_finished_untrained": 0,
+        "num_checkpoints": 20,
+        "num_rewinds": 2,
+        "num_steps_redone": 7,
+        "num_reissued": 30,
+        "num_steps_compared": 100,
+    }
+    kills = changes.pop("kills", Counter({"sampler": 2, "learner rank": 1}))
+    return Ended(
+        report=AuditReport(**report | changes),  # type: ignore[arg-type]
+        accuracy=0.9,
+        wall_s=200.0,
+        kills=kills,  # type: ignore[arg-type]
+        num_groups=6400,
+    )
+
+
+def test_a_chaos_run_counts_only_if_something_was_killed_and_nothing_is_lost() -> None:
+    require_survived(ended())
+    with pytest.raises(RuntimeError, match="before anything was killed"):
+        require_survived(ended(kills=Counter()))
+    with pytest.raises(RuntimeError, match=r"2 sampler, 1 learner rank killed: 1 of 6400 groups lost; .* clean"):
+        require_survived(ended(num_trained=6389))
+    with pytest.raises(RuntimeError, match="trained twice"):
+        require_survived(ended(violations=("group 7 was trained twice",)))
+
+
+def test_a_chaos_run_shows_kills_by_kind_and_stands_beside_the_undisturbed_run() -> None:
+    rows = {row.quantity: row for row in rows_of(ended(), ended(kills=Counter()))}
+    assert [rows[f"kills survived: {kind}"].ours for kind in ("sampler", "reward worker", "learner rank")] == [2, 0, 1]
+    assert rows["groups lost or repeated"].met is True
+    assert rows["steps redone"].ours == 7
+    assert rows["held-out accuracy at the end"].baseline == 0.9
+    assert rows["held-out accuracy at the end"].case == "quickstart, 100 steps, max_lag 1, checkpoint every 5"
+
+
+def test_only_whole_lines_of_reinforcement_learning_are_steps(tmp_path: Path) -> None:
+    assert train_steps(tmp_path) == []
+    lines = ['{"step": 1, "phase": "warm_start"}', '{"step": 2, "phase": "train"}', '{"step": 3, "pha']
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
+    assert [step["step"] for step in train_steps(tmp_path)] == [2]
+
+
+def test_a_run_that_failed_is_told_with_its_last_words(tmp_path: Path) -> None:
+    (tmp_path / "run.log").write_text("error: no engine today\n")
+    with (
+        subprocess.Popen([sys.executable, "-c", "raise SystemExit(3)"]) as process,
+        pytest.raises(RuntimeError, match=r"status 3:\nerror: no engine today"),
+    ):
+        require_finished(process, tmp_path / "run", timeout_s=60)
+
+
+# -- overlap -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_two_halves_of_a_step_are_medians_and_scoring_belongs_to_sampling() -> None:
+    steps = [
+        {"seconds/sample": sample, "seconds/score": 0.5, "seconds/learn": 1.0, "seconds/sync": 0.25}
+        for sample in (1.0, 9.0, 2.0)
+    ]
+    assert stages_of(steps) == Stages(sample=2.5, learn=1.25)
+    assert stages_of(steps).longer == 2.5
+
+
+def test_a_step_is_counted_without_evaluation_and_checkpoint() -> None:
+    step = {"seconds/step": 3.0, "seconds/eval": 0.5, "seconds/checkpoint": 1.0}
+    assert step_seconds(step) == 1.5
+    assert step_seconds({"seconds/step": 3.0}) == 3.0
+
+
+# -- scale -------------------------------------------------------------------------------------------------------------
+
+POINT = Point(num_samplers=8, max_lag=7, mean_seconds=1.0, seconds=10, groups_per_step=64)
+
+
+def test_the_cost_of_a_point_leaves_out_its_first_steps() -> None:
+    marks = [Mark(time_s=100.0, cpu_s=50.0)] * 2 + [Mark(time_s=100.0 + i, cpu_s=60.0 + i / 4) for i in range(5)]
+    cost = cost_of(POINT, marks, peak_groups=512)
+    assert cost.steps == 4
+    assert cost.rollouts_per_s == 4 * 512 / 4.0
+    assert cost.cpu_s_per_rollout == 1.0 / (4 * 512)
+    assert cost.peak_in_flight == POINT.admitted == 4096
+
+
+def test_growth_compares_the_most_in_flight_with_the_least() -> None:
+    costs = [
+        Cost(point=POINT, rollouts_per_s=1.0, cpu_s_per_rollout=cpu, peak_in_flight=peak, steps=4)
+        for cpu, peak in ((0.002, 4096), (0.001, 1024), (0.0011, 16384))
+    ]
+    growth = growth_row(costs)
+    assert growth.ratio is not None
+    assert growth.ratio.median == pytest.approx(1.1)
+    assert growth.met is True
+
+
+def test_a_sleeping_sampler_stamps_each_token_with_the_weights_of_its_time() -> None:
+    loaded_at, versions = [float("-inf"), 90.0, 100.5, 102.0, 200.0], [-1, 3, 4, 5, 6]
+    assert stamps(loaded_at, versions, begun=100.0, seconds=4.0, num_tokens=8).tolist() == [4, 4, 4, 5, 5, 5, 5, 5]
+    assert stamps(loaded_at, versions, begun=100.0, seconds=0.4, num_tokens=2).tolist() == [3, 3]
+
+
+def test_a_sleeping_sampler_answers_every_group_and_holds_what_it_loaded() -> None:
+    sampler = SleepingSampler()
+    sampler.start("sampler 3", Pace(mean_seconds=0.01, mean_tokens=40))
+    requests = [SampleRequest(group_id=f"g{i}", token_ids_P=(1,), seeds_G=(2 * i, 2 * i + 1)) for i in range(6)]
+
+    async def run() -> list[GroupSample]:
+        await sampler.load_weights(PublishedWeights(version=4, handle=None, num_bytes=0))
+        groups: list[GroupSample] = []
+        async for some in sampler.generate(requests, SamplingConfig()):
+            assert (await sampler.heartbeat()).is_busy
+            groups += some
+        return groups
+
+    groups = asyncio.run(run())
+    assert sorted(group.group_id for group in groups) == [f"g{i}" for i in range(6)]
+    assert {int(v) for group in groups for completion in group.completions_G for v in completion.versions_L} == {4}
+    assert len({len(completion.token_ids_L) for group in groups for completion in group.completions_G}) > 1
+    assert asyncio.run(sampler.score((1, 2, 3))).tolist() == fake_probe(4, 2).tolist() != fake_probe(5, 2).tolist()
+    assert not asyncio.run(sampler.heartbeat()).is_busy
+
+
+def test_generation_times_have_the_mean_that_was_asked_for() -> None:
+    pace = Pace(mean_seconds=1.5, mean_tokens=64)
+    seconds = [pace.seconds(seed) for seed in range(2000)]
+    assert sum(seconds) / len(seconds) == pytest.approx(1.5, rel=0.05)
+    assert min(seconds) > 0.2

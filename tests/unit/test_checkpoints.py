@@ -1,5 +1,6 @@
 """Checkpoints are whole or absent: after a failure, a kill, a full disk, a flipped bit."""
 
+import asyncio
 import re
 import signal
 import subprocess
@@ -187,3 +188,22 @@ def test_controller_state_that_cannot_be_read_is_named(tmp_path):
 def test_keeping_none_is_refused(tmp_path):
     with pytest.raises(CheckpointError, match=r"checkpoint\.keep is 0"):
         Checkpoints(tmp_path, keep=0)
+
+
+def test_written_in_the_background_it_is_the_same_and_fails_the_same(tmp_path: Path):
+    checkpoints = Checkpoints(tmp_path, keep=2)
+
+    async def story() -> None:
+        async with checkpoints.written(1) as directory:
+            (directory / "state").write_text("one")
+        assert checkpoints.latest() == tmp_path / "step_000001"
+        with pytest.raises(CheckpointError, match="checkpoint step_000002 could not be written"):
+            async with checkpoints.written(2) as directory:
+                raise OSError(28, "No space left on device")
+        with pytest.raises(KeyboardInterrupt):
+            async with checkpoints.written(2):
+                raise KeyboardInterrupt
+
+    asyncio.run(story())
+    assert checkpoints.steps() == [1]
+    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]

@@ -285,3 +285,17 @@ def test_a_thread_that_dies_tells_everybody(rig: Rig):
         with pytest.raises(EngineError):
             future.result(WAIT_S)
     assert rig.engine.closed.wait(WAIT_S)
+
+
+def test_a_held_engine_makes_no_step_until_it_is_released(rig: Rig):
+    """Weights that come in several commands: between two of them they are of no version."""
+    first = rig.hold("a")
+    held = rig.loop.hold()
+    rig.engine.gate.set()
+    held.result(WAIT_S)
+    num_steps = len(rig.engine.steps)
+    more = rig.submit("b")
+    assert rig.loop.call(lambda engine: len(engine.steps)).result(WAIT_S) == num_steps
+    assert not rig.loop.is_busy
+    rig.loop.release().result(WAIT_S)
+    assert ids(first + more) == ["a", "b"]

@@ -15,7 +15,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
-from weaver_rl.errors import EngineError
+from weaver_rl.errors import EngineError, EngineLostError
 from weaver_rl.rollout import SamplingConfig
 from weaver_rl.types import Float32Array, GroupSample, SampleRequest
 
@@ -71,6 +71,7 @@ class EngineLoop:
         self._scores: dict[str, Future[Float32Array]] = {}
         self._closed = False
         self._num_steps = 0
+        self._is_held = False
         # Whatever is sent before `_closed` is in the queue when the thread empties it for the last time.
         self._sending = threading.Lock()
         self._started: Future[None] = Future()
@@ -139,6 +140,17 @@ class EngineLoop:
         for group_id in group_ids:
             self._groups.pop(group_id).set_exception(EngineError(f"group {group_id} was aborted"))
 
+    def hold(self) -> Future[None]:
+        """No engine step from now on: the engine is about to be given new weights in several commands."""
+        return self._send(lambda: self._hold(True))
+
+    def release(self) -> Future[None]:
+        """Goes on after `hold`."""
+        return self._send(lambda: self._hold(False))
+
+    def _hold(self, is_held: bool) -> None:
+        self._is_held = is_held
+
     @property
     def num_steps(self) -> int:
         """Engine steps so far; stands still while the engine has work only if it hangs."""
@@ -146,8 +158,8 @@ class EngineLoop:
 
     @property
     def is_busy(self) -> bool:
-        """Whether groups or scores are in flight."""
-        return bool(self._groups or self._scores)
+        """Whether groups or scores are in flight and nothing keeps the engine from stepping."""
+        return bool(self._groups or self._scores) and not self._is_held
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Ends the thread and the engine; what is in flight fails with EngineError."""
@@ -158,7 +170,7 @@ class EngineLoop:
         result: Future[T] = _promise()
         with self._sending:
             if self._closed:
-                raise EngineError("the engine is closed")
+                raise EngineLostError("the engine is closed")
             self._commands.put(_Command(run, result, waiting))
         return result
 
@@ -173,16 +185,16 @@ class EngineLoop:
             self._engine = build()
         except BaseException as error:  # noqa: BLE001 - boundary: the starter gets it
             self._started.set_exception(error)
-            self._fail_all(EngineError(f"the engine did not start: {error}"))
+            self._fail_all(EngineLostError(f"the engine did not start: {error}"))
             return
         self._started.set_result(None)
         try:
             while not self._closed:
                 self._run_commands()
-                if self._engine.has_work() and not self._closed:
+                if self._may_step() and not self._closed:
                     self._step()
         finally:
-            self._fail_all(EngineError(f"{self._engine.name} was closed"))
+            self._fail_all(EngineLostError(f"{self._engine.name} was closed"))
             self._engine.close()
 
     def _fail_all(self, error: EngineError) -> None:
@@ -193,7 +205,7 @@ class EngineLoop:
             self._commands.get().fail(error)
 
     def _run_commands(self) -> None:
-        block = not self._engine.has_work()
+        block = not self._may_step()
         while True:
             try:
                 command = self._commands.get(block=block)
@@ -205,13 +217,16 @@ class EngineLoop:
             except BaseException as error:  # noqa: BLE001 - boundary: the caller gets it
                 command.fail(error)
 
+    def _may_step(self) -> bool:
+        return self._engine.has_work() and not self._is_held
+
     def _step(self) -> None:
         try:
             finished = self._engine.step()
         except Exception as error:  # noqa: BLE001 - boundary: a failed step fails what was in it, and is reported
             self._engine.abort_all()
             self._fail_in_flight(
-                EngineError(f"{self._engine.name}: the engine step failed: {type(error).__name__}: {error}")
+                EngineLostError(f"{self._engine.name}: the engine step failed: {type(error).__name__}: {error}")
             )
             return
         finally:

@@ -272,7 +272,7 @@ class VllmEngine:
     # -- weights -------------------------------------------------------------------------------------------------
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
-        """Loads tensors by their Hugging Face names, any float dtype. Follow with `finish_load`."""
+        """Loads tensors by their Hugging Face names, any float dtype; `stamp` before, `reset_cache` after."""
         if self.on_cpu:
             worker = self._engine.model_executor.driver_worker.worker
             worker.model_runner.model.load_weights(weights)
@@ -283,9 +283,8 @@ class VllmEngine:
         """Calls a vLLM worker method on every worker (the weight-transfer API's four methods)."""
         self._engine.collective_rpc(method, args=args)
 
-    def finish_load(self, version: int) -> None:
-        """Makes `version` current: drops every cached key and value of older weights, stamps what comes next."""
-        self.reset_cache()
+    def stamp(self, version: int) -> None:
+        """The version of what is sampled from now on."""
         self.version = version
         self._engine.engine_core.set_weight_version(str(version))
 

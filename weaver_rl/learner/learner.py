@@ -12,6 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
@@ -39,6 +41,8 @@ from weaver_rl.types import (
     OptimStepOutput,
 )
 
+WRITE_ERRORS = (OSError, SafetensorError, CheckpointException)
+"""What a full disk comes as, by who was writing; the last is not even an Exception."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -186,7 +190,7 @@ class Learner:
                 model_dir=self._model_dir,
                 with_optimizer=with_optimizer,
             )
-        except OSError as error:
+        except WRITE_ERRORS as error:
             raise CheckpointError(f"cannot write the learner state to {directory}: {error}") from error
 
     def load_state(self, directory: Path) -> None:
@@ -220,7 +224,7 @@ class Learner:
                 rank=self._ranks.rank,
                 dtype=self._compute_dtype,
             )
-        except OSError as error:
+        except WRITE_ERRORS as error:
             raise CheckpointError(f"cannot write the model to {directory}: {error}") from error
         self._ranks.barrier()
 

@@ -24,6 +24,8 @@ class SyncReport:
     """Samplers that needed a second load."""
     replaced: tuple[str, ...] = ()
     """Samplers that disagreed after it too: what they sampled with this version must not be trained."""
+    unproven: tuple[str, ...] = ()
+    """Samplers that were lost, or began to leave, between a load and its probe: the same holds for them."""
 
 
 class WeightSync:
@@ -56,6 +58,7 @@ class WeightSync:
         await self._samplers.ready()
         async with self._lock:
             weights = await self._learner.publish_weights(version)
+            asked = tuple(self._samplers.names)
             await self._samplers.load_weights(weights)
             results = await self._probe(version)
             failed = [result.sampler for result in results if not result.passed]
@@ -69,6 +72,10 @@ class WeightSync:
                 if result.sampler not in self._proven:
                     raise WeightSyncError(_message(result))
                 self._samplers.replace(result.sampler, _message(result))
+            answered = {result.sampler for result in results}
+            unproven = tuple(sampler for sampler in asked if sampler not in answered)
+            for sampler in unproven:
+                self._samplers.replace(sampler, f"it was never asked whether it uses weights v{version}")
             self._before, self._published = self._now, weights
             passed = [result for result in results if result.passed]
             self._proven |= {result.sampler for result in passed}
@@ -78,6 +85,7 @@ class WeightSync:
             probe_max_abs=max((result.max_abs for result in passed), default=None),
             resynced=tuple(failed),
             replaced=tuple(result.sampler for result in still),
+            unproven=unproven,
         )
 
     async def bring_up(self, sampler: SamplerReplica, join: Callable[[], None]) -> None:
@@ -86,11 +94,12 @@ class WeightSync:
         Raises WeightSyncError when it disagrees.
         """
         async with self._lock:
-            if self._published is not None:
-                await sampler.load_weights(self._published)
+            # Held on to: the learner may be lost, and both be forgotten, while this waits for the sampler.
+            published, proof = self._published, self._before
+            if published is not None and proof is not None:
+                await sampler.load_weights(published)
                 answer = await sampler.score(self._token_ids)
-                version = self._published.version
-                result = compare(sampler.name, version, answer, self._now.learner, self._tolerance)
+                result = compare(sampler.name, published.version, answer, proof.learner, self._tolerance)
                 if not result.passed:
                     raise WeightSyncError(_message(result))
                 self._proven.add(sampler.name)
