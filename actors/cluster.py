@@ -180,7 +180,7 @@ def _start_ray(session: Path, stop: StopSignals) -> None:
         except SystemExit:
             # While it starts, Ray answers SIGTERM by leaving the interpreter.
             raise KeyboardInterrupt("SIGTERM") from None
-        except (ConnectionError, ValueError, RuntimeError, OSError) as error:
+        except Exception as error:  # boundary: of a machine that is too busy Ray says so with a bare Exception
             raise ResourcesError(f"Ray could not be started on this machine: {_first_line(error)}") from error
         finally:
             stop.install()

@@ -54,7 +54,7 @@ class Checkpoints:
         """Yields an empty directory to write into; it becomes the checkpoint of `step` when the block succeeds.
 
         When the block fails, the directory is removed, earlier checkpoints stay as they are, and the failure comes out
-        as a CheckpointError (errors of this package and interrupts as they are). `pinned` ones are never pruned.
+        as a CheckpointError (other errors of this package and interrupts as they are). `pinned` ones are never pruned.
         """
         name = _name(step)
         aside = self._folder / f"{_WRITING}{name}"
@@ -64,6 +64,8 @@ class Checkpoints:
             yield aside
             _seal(aside, step, pinned)
             self._put_in_place(aside, name)
+        except CheckpointError as error:
+            raise CheckpointError(self._failure(name, error)) from error
         except WeaverRLError:
             raise
         except Exception as error:  # the boundary: what writes weights (torch, safetensors) may raise anything
@@ -196,6 +198,8 @@ def _name(step: int) -> str:
 
 
 def _words(error: Exception) -> str:
+    if isinstance(error, CheckpointError):
+        return str(error)
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return f"{type(error).__name__}: {error}"

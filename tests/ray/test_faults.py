@@ -9,6 +9,7 @@ import os
 import tempfile
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import run, shared_memory
 from fault_parts import FAULTY, FIRST_STEP, HALF_CPUS, LONG, Gate, GoingRun, going, gone, kill
@@ -16,13 +17,17 @@ from safetensors.numpy import load_file
 
 from actors.cluster import SESSION_PREFIX, _lock_session, _remove_abandoned_sessions
 from weaver_rl.audit import AuditReport
-from weaver_rl.checkpoints import Checkpoints
+from weaver_rl.checkpoints import find_damage
 from weaver_rl.rollout_files import RecordedRollout, read_rollouts
 from weaver_rl.run_folder import RunFolder
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 PROMPTS_PER_STEP = 4
+SYNCHRONOUS_STEPS = 7
+SYNCHRONOUS = (*LONG, "rollout.max_lag=0", f"num_steps={SYNCHRONOUS_STEPS}")
+LARGEST_FILE = 100_000
+"""Bytes; more than the learner writes into its logs, less than its weights."""
 
 
 @pytest.fixture
@@ -144,7 +149,7 @@ def test_a_killed_driver_leaves_nothing_and_is_continued_from_the_newest_whole_c
     assert f"killed (pid {it.process.pid}" in run("status", str(it.folder.path)).output
     assert it.audit().ok, it.audit().violations
     assert it.audit().state == "killed"
-    newest = Checkpoints(it.folder.checkpoints, keep=1).steps()[-1]
+    newest = checkpoint_steps(it.folder)[-1]
     flip_a_byte(it.folder, newest)
     with going(tmp_path / "run", gate, *arguments, "--resume") as again:
         report = ends_clean(again, num_steps=14)
@@ -207,28 +212,64 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
     place = tmp_path_factory.mktemp("undisturbed")
     gate = Gate(place / "gate")
     with going(place / "run", gate, *SYNCHRONOUS) as it:
-        ends_clean(it, num_steps=5)
+        ends_clean(it, SYNCHRONOUS_STEPS)
     return it.folder
 
 
-SYNCHRONOUS = (*LONG, "rollout.max_lag=0", "num_steps=5")
-
-
-def test_a_synchronous_run_whose_driver_is_killed_ends_as_if_nothing_had_been(
+def test_a_synchronous_run_that_was_killed_and_could_not_write_ends_as_if_nothing_had_been(
     undisturbed: RunFolder, tmp_path: Path, gate: Gate
 ) -> None:
-    with going(tmp_path / "run", gate, *SYNCHRONOUS) as it:
+    folder = RunFolder(tmp_path / "run")
+    _the_driver_is_killed(folder, gate)
+    _a_checkpoint_cannot_be_written(folder, gate)
+    with going(folder.path, gate, *SYNCHRONOUS, "--resume") as it:
+        ends_clean(it, SYNCHRONOUS_STEPS)
+    ours, theirs = ([identity(r) for r in read_rollouts(f.path)] for f in (folder, undisturbed))
+    assert ours == theirs
+    assert weights_of(folder) == weights_of(undisturbed)
+    _no_checkpoint_is_whole(folder, gate)
+
+
+def _the_driver_is_killed(folder: RunFolder, gate: Gate) -> None:
+    with going(folder.path, gate, *SYNCHRONOUS) as it:
         it.trains(2)
         it.stop_at_work("sampler 0")
         kill(*it.processes()[:1])
         it.process.wait()
         it.leaves_no_process()
-    with going(tmp_path / "run", gate, *SYNCHRONOUS, "--resume") as again:
-        report = ends_clean(again, num_steps=5)
-    assert report.num_rewinds == 1
-    ours, theirs = ([identity(r) for r in read_rollouts(f.path)] for f in (it.folder, undisturbed))
-    assert ours == theirs
-    assert weights_of(it.folder) == weights_of(undisturbed)
+
+
+def _a_checkpoint_cannot_be_written(folder: RunFolder, gate: Gate) -> None:
+    with going(folder.path, gate, *SYNCHRONOUS, "--resume") as it:
+        it.trains()
+        it.until("the checkpoint of the step", lambda: checkpoint_steps(folder)[-1:] == [it.step()])
+        (rank,) = it.actors("LearnerRank")
+        # What a full disk does to a write, without filling a disk that others use: larger files fail.
+        rank.rlimit(psutil.RLIMIT_FSIZE, (LARGEST_FILE, psutil.RLIM_INFINITY))
+        written = checkpoint_steps(folder)
+        ended = it.ends()
+    assert ended.status == 2, ended.output
+    assert f"checkpoint step_{written[-1] + 1:06d} could not be written" in ended.output
+    assert "File too large" in ended.output
+    assert "Earlier checkpoints are untouched" in ended.output
+    assert "Traceback" not in ended.output
+    assert checkpoint_steps(folder) == written
+    assert find_damage(folder.checkpoints / f"step_{written[-1]:06d}") is None
+    assert it.audit().ok, it.audit().violations
+
+
+def _no_checkpoint_is_whole(folder: RunFolder, gate: Gate) -> None:
+    for step in checkpoint_steps(folder):
+        flip_a_byte(folder, step)
+    with going(folder.path, gate, *SYNCHRONOUS, "--resume") as it:
+        ended = it.ends()
+    assert ended.status == 2, ended.output
+    assert "holds no usable checkpoint" in ended.output
+    assert "Traceback" not in ended.output
+
+
+def checkpoint_steps(folder: RunFolder) -> list[int]:
+    return sorted(int(path.name.removeprefix("step_")) for path in folder.checkpoints.glob("step_*"))
 
 
 def identity(record: RecordedRollout) -> tuple[object, ...]:
@@ -278,3 +319,56 @@ def _nothing_of_it_was_trained(it: GoingRun, sampler: str, version: int) -> None
         if record.sampler == sampler and version in record.scored.rollout.completion.versions_L
     ]
     assert all(generated[group].seq > fresh for group in of_it)
+
+
+def test_samplers_come_and_go_and_one_that_is_stopped_is_replaced(tmp_path: Path, gate: Gate) -> None:
+    arguments = [*LONG, "sampler.num_cpus=0.5", "sampler.unresponsive_after_s=10", "rollout.max_lag=1", "num_steps=20"]
+    with going(tmp_path / "run", gate, *arguments) as it:
+        it.serves("sampler 0")
+        it.trains()
+        _one_joins(it)
+        _it_is_stopped(it)
+        _it_leaves(it)
+        report = ends_clean(it, num_steps=20)
+    assert report.num_rewinds == 0
+    assert {record.sampler for record in it.trained()} == {"sampler 0", "sampler 1"}
+    assert it.noted("sampler 0", "lost") == []
+
+
+def _one_joins(it: GoingRun) -> None:
+    assert run("scale", str(it.folder.path), "--samplers", "2").status == 0
+    it.until("sampler 1 joined", lambda: it.noted("sampler 1", "joined"))
+    _gives_groups(it, "sampler 1", after=it.now())
+
+
+def _gives_groups(it: GoingRun, sampler: str, after: int) -> None:
+    it.gate.open()
+    it.until(f"groups of {sampler}", lambda: any(e.sampler == sampler for e in it.events("generated", after)))
+    it.gate.close()
+
+
+def _it_is_stopped(it: GoingRun) -> None:
+    before = it.now()
+    (victim,) = it.stop_at_work("sampler 1")
+    it.gate.open()  # what is finished is trained, then the learner waits for groups of the stopped one
+    it.until(
+        "a chain that ends at the stopped process",
+        lambda: (live := it.live()) and f"pid {victim.pid} stopped (SIGSTOP)" in (live.chain or ""),
+    )
+    it.until("the stopped one lost", lambda: it.noted("sampler 1", "lost", before))
+    it.until("its process killed", lambda: gone(victim))
+    assert {event.sampler for event in it.events("reissued", before)} == {"sampler 1"}
+    it.gate.close()
+    it.until("sampler 1 joined again", lambda: it.noted("sampler 1", "joined", before))
+    _gives_groups(it, "sampler 1", after=it.now())
+
+
+def _it_leaves(it: GoingRun) -> None:
+    before = it.now()
+    leaver = it.sampler("sampler 1")
+    assert run("scale", str(it.folder.path), "--samplers", "1").status == 0
+    it.until("sampler 1 left", lambda: it.noted("sampler 1", "left", before))
+    it.until("only sampler 0 is there", lambda: set(it.samplers()) == {"sampler 0"})
+    it.until("its process ended", lambda: gone(leaver))
+    assert it.events("reissued", before) == []
+    it.trains()

@@ -21,7 +21,8 @@ from benchmarks.chaos import Ended, require_survived, rows_of
 from benchmarks.child import Child
 from benchmarks.command import BENCHMARKS, RESULTS, json_path, main
 from benchmarks.command_run import require_finished, train_steps
-from benchmarks.fleet_scale import Cost, Mark, Point, cost_of, growth_row
+from benchmarks.fleet_run import Mark, Point
+from benchmarks.fleet_scale import Cost, cost_of, growth_row
 from benchmarks.kill_plan import TITLES, kill_plan
 from benchmarks.machine import machine_facts
 from benchmarks.overlap import Stages, stages_of, step_seconds

@@ -43,6 +43,8 @@ from weaver_rl.types import (
 
 WRITE_ERRORS = (OSError, SafetensorError, CheckpointException)
 """What a full disk comes as, by who was writing; the last is not even an Exception."""
+MAX_REASON = 400
+"""Characters; torch puts whole tracebacks into the errors of a sharded write, the reason last."""
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -191,7 +193,7 @@ class Learner:
                 with_optimizer=with_optimizer,
             )
         except WRITE_ERRORS as error:
-            raise CheckpointError(f"cannot write the learner state to {directory}: {error}") from error
+            raise CheckpointError(f"cannot write the learner state to {directory}: {_reason(error)}") from error
 
     def load_state(self, directory: Path) -> None:
         """Continue from what `save_state` wrote, on any number of ranks; accumulated gradients are dropped."""
@@ -225,7 +227,7 @@ class Learner:
                 dtype=self._compute_dtype,
             )
         except WRITE_ERRORS as error:
-            raise CheckpointError(f"cannot write the model to {directory}: {error}") from error
+            raise CheckpointError(f"cannot write the model to {directory}: {_reason(error)}") from error
         self._ranks.barrier()
 
     def close(self) -> None:
@@ -320,3 +322,7 @@ def _to_data(
     flat: Float32Array = torch.cat([values.float() for values in logprobs]).cpu().numpy()
     ends = np.cumsum([len(values) for values in logprobs])
     return scatter_logprobs(data, microbatches, np.split(flat, ends[:-1]))
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[-MAX_REASON:]
