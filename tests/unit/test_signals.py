@@ -7,12 +7,24 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import pytest
 
 from actors.signals import KILLS_AT, STOPPING, StopSignals
 
 pytestmark = pytest.mark.unit
+
+
+@pytest.fixture(autouse=True)
+def _nothing_ignored() -> Iterator[None]:
+    """Under `nohup` and in the background of a shell some of them are ignored, and then rightly stay so."""
+    before = {number: signal.getsignal(number) for number in STOPPING}
+    for number in STOPPING:
+        signal.signal(number, signal.default_int_handler if number is signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def send(number: signal.Signals = signal.SIGTERM) -> None:
