@@ -72,7 +72,7 @@ def _requests(config: RunConfig, stream: Any) -> list[SampleRequest]:
             group_id=f"{slot:04d}",
             token_ids_P=prompt.token_ids_P,
             seeds_G=tuple(
-                completion_seed(config.seed, f"{slot}/{prompt.prompt_id}", 0, index)
+                completion_seed(config.seed, slot, prompt.prompt_id, index)
                 for index in range(rollout.samples_per_prompt)
             ),
         )

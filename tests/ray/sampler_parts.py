@@ -23,6 +23,7 @@ from weaver_rl.types import AdamParams, Completion, Datum, Float32Array, GroupSa
 
 VOCAB = 500
 MAX_MODEL_LEN = 256
+TOKENS_PER_STEP = 1100
 BLOCK = 32
 STOP_TOKENS = (2, 7)
 TIMEOUT_S = 60.0
@@ -119,6 +120,7 @@ def sampler_spec(name: str, model_dir: Path, seed: int) -> SamplerSpec:
             "max_model_len": MAX_MODEL_LEN,
             "block_size": BLOCK,
             "max_num_seqs": 64,
+            "max_num_batched_tokens": TOKENS_PER_STEP,
             "kv_cache_memory_bytes": 32 << 20,
         },
         seed=seed,

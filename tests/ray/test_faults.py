@@ -5,13 +5,14 @@ Several faults share a run where they do not disturb each other, because a run t
 
 from __future__ import annotations
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
 
 import psutil
 import pytest
-from conftest import run, shared_memory
+from conftest import run
 from fault_parts import FAULTY, FIRST_STEP, HALF_CPUS, LONG, Gate, GoingRun, going, gone, kill
 from safetensors.numpy import load_file
 
@@ -135,17 +136,16 @@ def test_a_killed_driver_leaves_nothing_and_is_continued_from_the_newest_whole_c
 ) -> None:
     arguments = [*LONG, "sampler.num_cpus=0.5", "learner={num_ranks: 2, num_cpus: 0.5}", "rollout.max_lag=2"]
     arguments += ["sampler.num_replicas=1", "num_steps=14"]
-    shared_before = segments()
     with going(tmp_path / "run", gate, *arguments) as it:
         it.trains()
         _one_of_two_learner_ranks(it)
         it.stop_at_work("sampler 0")[0].resume()
-        session = session_of(it)
+        session, shared = session_of(it), segments_of(it)
         kill(*it.processes()[:1])
         it.process.wait()
         it.leaves_no_process()
     assert not session.exists()
-    assert segments() <= shared_before
+    assert [segment for segment in shared if segment.exists()] == []
     assert f"killed (pid {it.process.pid}" in run("status", str(it.folder.path)).output
     assert it.audit().ok, it.audit().violations
     assert it.audit().state == "killed"
@@ -171,9 +171,13 @@ def _one_of_two_learner_ranks(it: GoingRun) -> None:
     it.trains()
 
 
-def segments() -> set[str]:
-    """Shared memory of this user."""
-    return {name for name in shared_memory() if (Path("/dev/shm") / name).is_file()}
+def segments_of(it: GoingRun) -> set[Path]:
+    """Shared memory that processes of the run have mapped; what has no name any more goes with them."""
+    mapped = set()
+    for process in it.processes():
+        with contextlib.suppress(psutil.Error):
+            mapped |= {Path(part.path) for part in process.memory_maps() if part.path.startswith("/dev/shm/")}
+    return {segment for segment in mapped if segment.exists()}
 
 
 def session_of(it: GoingRun) -> Path:
@@ -291,7 +295,8 @@ def test_samplers_that_slow_down_or_load_wrong_weights_are_replaced(tmp_path: Pa
     faults.mkdir()
     (faults / "slow sampler 0").write_text("3")
     (faults / "wrong sampler 1").write_text("4")
-    env = {"FAULTS": str(faults), "PYTHONPATH": str(Path(__file__).parent)}
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {"FAULTS": str(faults), "PYTHONPATH": os.pathsep.join(paths)}
     arguments = [*LONG, *HALF_CPUS, "sampler.num_replicas=2", "rollout={max_lag: 1, timeout_s: 20}", "num_steps=20"]
     arguments += ["rollout.prompts_per_step=4", "rollout.samples_per_prompt=4", "rollout.sampling.max_tokens=300"]
     with going(tmp_path / "run", gate, *arguments, program=FAULTY, env=env) as it:

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from sampler_parts import (
     MAX_MODEL_LEN,
     STOP_TOKENS,
+    TOKENS_PER_STEP,
     VOCAB,
     StartedFleet,
     in_actor,
@@ -126,6 +127,14 @@ def test_a_run_gives_every_engine_a_seed_of_its_own() -> None:
 
 class Unreserved:
     def give_back(self, name: str) -> None: ...
+
+
+def test_prompts_that_do_not_fit_one_step_are_sampled_all_the_same(same_policy: SamplerFleet) -> None:
+    """With seeds: a prompt cut in two by vLLM would end the engine's step on a CPU."""
+    asked = requests([random_tokens(100, seed) for seed in range(16)], 4, name="long")
+    assert TOKENS_PER_STEP < 16 * 100
+    sampled = asyncio.run(sample(same_policy, asked, SamplingConfig(max_tokens=4)))
+    assert len(sampled) == 16
 
 
 # -- refusals ----------------------------------------------------------------------------------------------------------

@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 CPU_KV_CACHE_BYTES = 256 << 20
 """Left to itself a CPU engine takes nearly all memory for its KV cache."""
+CPU_TOKENS_PER_STEP = 2048
+"""vLLM's own default there."""
 
 
 def prepare_process(num_threads: int | None = None) -> None:
@@ -116,6 +118,11 @@ class VllmEngine:
         ours: dict[str, Any] = {"enforce_eager": True, "dtype": "float32"} if self.on_cpu else {}
         if self.on_cpu and "kv_cache_memory_bytes" not in given:
             ours["kv_cache_memory_bytes"] = CPU_KV_CACHE_BYTES
+        if self.on_cpu:
+            # A seeded prompt cut in two needs a generator that can be set back, and torch's for the CPU cannot: the
+            # step would fail ("CPU Generator does not use offset"). So prompts are not cut, and each fits a step.
+            longest = int(given.get("max_model_len", 0))
+            ours |= {"enable_chunked_prefill": False, "max_num_batched_tokens": max(CPU_TOKENS_PER_STEP, longest)}
         args = ours | given
         if self.on_cpu and args["enforce_eager"]:
             # The first request for log-probabilities would otherwise compile for seconds.
