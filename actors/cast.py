@@ -11,8 +11,8 @@ from typing import Any
 
 from actors.calls import answer
 from actors.cluster import Reservation
-from actors.identity import ActorFacts, Identity, this_process
-from actors.learner import LearnerSpec, RayLearnerGroup
+from actors.learner import RayLearnerGroup
+from actors.learner_start import start_learner
 from actors.preparation import Prepared
 from actors.reward import RayRewardFactory
 from actors.sampler import SamplerSpec
@@ -25,7 +25,6 @@ from weaver_rl.fleet_log import FleetLog
 from weaver_rl.placement import Placement
 from weaver_rl.reward_fleet import RewardFleet
 from weaver_rl.sampler_fleet import SamplerFleet
-from weaver_rl.waits import current_waits
 from weaver_rl.weights.config import Transport
 from weaver_rl.weights.probe import probe_token_ids
 
@@ -163,7 +162,15 @@ class Cast:
     # -- learner ---------------------------------------------------------------------------------------------------
 
     async def _start_learner(self) -> None:
-        await start_learner(self._actors.learner_ranks, self._config, self.prepared, self._transport)
+        config = self._config
+        await start_learner(
+            self._actors.learner_ranks,
+            config.learner,
+            model_dir=self.prepared.model_dir,
+            seed=config.seed,
+            transport=self._transport,
+            chunk_bytes=config.weights.chunk_mb << 20,
+        )
 
     async def _restart_learner(self) -> Sequence[Any]:
         await self._actors.kill_learner()
@@ -203,36 +210,6 @@ class Cast:
         learner = config.learner.dtype if config.learner.dtype != "auto" else _default_dtype(placement.learner_gpus)
         sampler = config.sampler.engine_args.get("dtype", _default_dtype(placement.sampler_gpus))
         return FLOAT32_PROBE_TOLERANCE if learner == sampler == "float32" else LOW_PRECISION_PROBE_TOLERANCE
-
-
-async def start_learner(ranks: Sequence[Any], config: RunConfig, prepared: Prepared, transport: Transport) -> None:
-    """Every rank loads the policy that the run begins with and joins the others."""
-    timeout_s = config.learner.timeout_s
-    address, port = await answer(
-        ranks[0].free_address.remote(), actor="learner rank 0", doing="starting", timeout_s=timeout_s
-    )
-    async with asyncio.TaskGroup() as tasks:
-        for rank, actor in enumerate(ranks):
-            spec = LearnerSpec(
-                model_dir=prepared.model_dir,
-                config=config.learner,
-                rank=rank,
-                seed=config.seed,
-                master_addr=address,
-                master_port=port,
-                transport=transport,
-                chunk_bytes=config.weights.chunk_mb << 20,
-            )
-            tasks.create_task(_start_rank(actor, rank, spec, timeout_s))
-
-
-async def _start_rank(actor: Any, rank: int, spec: LearnerSpec, timeout_s: float) -> None:
-    name = f"learner rank {rank}"
-    await answer(actor.start.remote(spec), actor=name, doing="loading the policy", timeout_s=timeout_s)
-    identity: Identity = await answer(
-        actor.identity.remote(), actor=name, doing="saying which process it is", timeout_s=timeout_s
-    )
-    current_waits().describe(name, ActorFacts(identity, here=this_process().node_id))
 
 
 def _score_timeout_s(config: RunConfig) -> float:

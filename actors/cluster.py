@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -237,7 +237,7 @@ class Reservation:
         Raises:
             ResourcesError: there is none; says what is missing.
         """
-        if not await self._placed(self.group, bundles):
+        if not await _placed(self.group, bundles, self._timeout_s):
             raise ResourcesError(
                 f"a node with actors of this run is gone, and for {self._timeout_s:g} s no other had room for them: "
                 + shortage(self._placement, _available())
@@ -247,13 +247,9 @@ class Reservation:
         """A bundle of its own for a sampler; asked for again under the same name it is the same."""
         if name not in self._more:
             self._more[name] = placement_group([dict(bundle)], strategy="PACK")
-        if not await self._placed(self._more[name], (0,)):
+        if not await _placed(self._more[name], (0,), self._timeout_s):
             remove_placement_group(self._more.pop(name))
-            wanted = ", ".join(f"{kind} {amount:g}" for kind, amount in bundle.items())
-            free = ", ".join(f"{kind} {_available().get(kind, 0.0):g}" for kind in bundle)
-            raise ResourcesError(
-                f"{name} needs {wanted} on one node; free in the cluster: {free}. Add a node, or ask for fewer samplers"
-            )
+            raise ResourcesError(_no_room(name, (bundle,)) + ". Add a node, or ask for fewer samplers")
         return self._more[name]
 
     def give_back(self, name: str | None = None) -> None:
@@ -263,19 +259,39 @@ class Reservation:
             if group is not None:
                 remove_placement_group(group)
 
-    async def _placed(self, group: PlacementGroup, bundles: Iterable[int]) -> bool:
-        with current_waits().waiting(
-            "Ray", f"finds room for {len(group.bundle_specs)} bundles", timeout_s=self._timeout_s
-        ):
-            # A node that died may be noticed only now: a bundle that was there a moment ago says nothing.
-            end = time.monotonic() + self._timeout_s
-            while time.monotonic() < end:
-                table: dict[str, Any] = await asyncio.to_thread(placement_group_table, group)
-                nodes: dict[int, str] = table.get("bundles_to_node_id", {})
-                if all(nodes.get(bundle) for bundle in bundles):
-                    return True
-                await asyncio.sleep(PLACEMENT_POLL_S)
-        return False
+
+async def reserve(name: str, bundles: Sequence[Mapping[str, float]], timeout_s: float) -> PlacementGroup:
+    """Bundles for actors that come and go on their own; give them back with `remove_placement_group`.
+
+    Raises:
+        ResourcesError: there is no room within `timeout_s`; says what is missing.
+    """
+    group: PlacementGroup = placement_group([dict(bundle) for bundle in bundles], strategy="PACK")
+    if not await _placed(group, range(len(bundles)), timeout_s):
+        remove_placement_group(group)
+        raise ResourcesError(_no_room(name, bundles))
+    return group
+
+
+def _no_room(name: str, bundles: Sequence[Mapping[str, float]]) -> str:
+    kinds = sorted({kind for bundle in bundles for kind in bundle})
+    wanted = " and ".join(", ".join(f"{kind} {amount:g}" for kind, amount in bundle.items()) for bundle in bundles)
+    free = ", ".join(f"{kind} {_available().get(kind, 0.0):g}" for kind in kinds)
+    return f"{name} needs {wanted}, each on one node; free in the cluster: {free}"
+
+
+async def _placed(group: PlacementGroup, bundles: Iterable[int], timeout_s: float) -> bool:
+    wanted = tuple(bundles)
+    with current_waits().waiting("Ray", f"finds room for {len(group.bundle_specs)} bundles", timeout_s=timeout_s):
+        # A node that died may be noticed only now: a bundle that was there a moment ago says nothing.
+        end = time.monotonic() + timeout_s
+        while time.monotonic() < end:
+            table: dict[str, Any] = await asyncio.to_thread(placement_group_table, group)
+            nodes: dict[int, str] = table.get("bundles_to_node_id", {})
+            if all(nodes.get(bundle) for bundle in wanted):
+                return True
+            await asyncio.sleep(PLACEMENT_POLL_S)
+    return False
 
 
 def _live_nodes() -> list[Mapping[str, float]]:

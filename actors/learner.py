@@ -1,7 +1,11 @@
-"""A learner rank's process, and all ranks as one for the controller. It knows neither sampling nor rewards."""
+"""A learner rank's process, and all ranks as one for the controller. It knows neither sampling nor rewards.
+
+A rank holds a policy and any number of adapters on it, each a model of its own; an operation says whose it is.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -15,9 +19,10 @@ from actors.calls import answer, first_error, together
 from actors.identity import Identity, this_process
 from actors.object_store import Chunk, publish
 from actors.transfer_client import SamplerClient
-from weaver_rl.errors import ActorFailedError, LearnerLostError
+from weaver_rl.errors import ActorFailedError, ConfigError, LearnerLostError
+from weaver_rl.learner.adapter_config import AdapterConfig
 from weaver_rl.learner.config import LearnerConfig
-from weaver_rl.learner.microbatches import Shard, shard_data, unshard
+from weaver_rl.learner.microbatches import Positions, Shard, shard_data, unshard
 from weaver_rl.learner.microbatches import sum_weights as total_weights
 from weaver_rl.losses.config import LossConfig
 from weaver_rl.types import (
@@ -49,7 +54,10 @@ class LearnerSpec:
 
 
 class LearnerRank:
-    """One rank. Made first (which imports torch), started when the model and the other ranks' address are there."""
+    """One rank. Made first (which imports torch), started when the model and the other ranks' address are there.
+
+    Operations take the name of an adapter; None: the policy itself.
+    """
 
     def __init__(self) -> None:
         # Samplers work on the same cores while the learner waits: a spinning OpenMP pool would take them away.
@@ -58,6 +66,7 @@ class LearnerRank:
         import transformers  # noqa: F401
 
         self._learner: Learner | None = None
+        self._adapters: dict[str, Learner] = {}
         self._transfer: Any = None
 
     def free_address(self) -> tuple[str, int]:
@@ -68,10 +77,11 @@ class LearnerRank:
             return address, int(probe.getsockname()[1])
 
     def start(self, spec: LearnerSpec) -> int:
-        """Loads the policy; returns its number of parameters."""
+        """Loads the policy, without adapters; returns its number of parameters."""
         from weaver_rl.learner.learner import Learner
 
         self._spec = spec
+        self._adapters = {}
         self._learner = Learner(
             spec.model_dir,
             spec.config,
@@ -83,16 +93,34 @@ class LearnerRank:
         )
         return self._learner.num_parameters
 
-    def forward(self, data: Sequence[Datum], temperature: float) -> ForwardOutput:
-        return self._running().forward(data, temperature)
+    def add_adapter(self, name: str, config: AdapterConfig) -> int:
+        """Makes an adapter that changes nothing yet; returns its number of parameters."""
+        self._adapters[name] = self._running().with_adapter(name, config)
+        return self._adapters[name].num_parameters
+
+    def remove_adapter(self, name: str) -> None:
+        self._running().remove_adapter(name)
+        del self._adapters[name]
+
+    def forward(self, data: Sequence[Datum], temperature: float, adapter: str | None = None) -> ForwardOutput:
+        return self._model(adapter).forward(data, temperature)
 
     def forward_backward(
-        self, data: Sequence[Datum], loss: LossConfig, sum_weights: float, temperature: float
+        self,
+        data: Sequence[Datum],
+        loss: LossConfig,
+        sum_weights: float,
+        temperature: float,
+        positions: Positions = "weighted",
+        with_grad_norm: bool = False,
+        adapter: str | None = None,
     ) -> ForwardBackwardOutput:
-        return self._running().forward_backward(data, loss, sum_weights, temperature)
+        return self._model(adapter).forward_backward(
+            data, loss, sum_weights, temperature, positions=positions, with_grad_norm=with_grad_norm
+        )
 
-    def optim_step(self, params: AdamParams) -> OptimStepOutput:
-        return self._running().optim_step(params)
+    def optim_step(self, params: AdamParams, adapter: str | None = None) -> OptimStepOutput:
+        return self._model(adapter).optim_step(params)
 
     def connect_samplers(self, samplers: Sequence[Any], tensor_parallel: int, address: tuple[str, int]) -> None:
         """Joins the samplers for transfers from GPU to GPU; the object store needs none of this."""
@@ -123,14 +151,17 @@ class LearnerRank:
         published = publish(version, self._chunks())
         return published if self._spec.rank == 0 else None
 
-    def save_state(self, directory: Path) -> None:
-        self._running().save_state(directory)
+    def save_state(self, directory: Path, with_optimizer: bool = True, adapter: str | None = None) -> None:
+        self._model(adapter).save_state(directory, with_optimizer)
 
-    def load_state(self, directory: Path) -> None:
-        self._running().load_state(directory)
+    def load_state(self, directory: Path, with_optimizer: bool = True, adapter: str | None = None) -> None:
+        self._model(adapter).load_state(directory, with_optimizer)
 
-    def save_hf(self, directory: Path) -> None:
-        self._running().save_hf(directory)
+    def save_for_sampler(self, directory: Path, adapter: str | None = None) -> None:
+        self._model(adapter).save_for_sampler(directory)
+
+    def save_hf(self, directory: Path, adapter: str | None = None) -> None:
+        self._model(adapter).save_hf(directory)
 
     def identity(self) -> Identity:
         """Which process this is."""
@@ -148,6 +179,17 @@ class LearnerRank:
                 # read half of an update. `numpy()` alone shares memory, `put` copies it.
                 yield {name: tensor.detach().cpu().numpy() for name, tensor in chunk.items()}
 
+    def _model(self, adapter: str | None) -> Learner:
+        policy = self._running()
+        if adapter is None:
+            return policy
+        if adapter not in self._adapters:
+            raise ConfigError(
+                f"the learner has no adapter {adapter!r}: it was not added since the learner started, or it was "
+                "removed; add it again and load a saved state"
+            )
+        return self._adapters[adapter]
+
     def _running(self) -> Learner:
         if self._learner is None:
             raise RuntimeError("the learner was used before start()")
@@ -157,9 +199,12 @@ class LearnerRank:
 class RayLearnerGroup:
     """All ranks as one: shards data by tokens, puts answers back into order.
 
+    It operates on the policy; `with_adapter` gives one that operates on an adapter of the same ranks. All of them
+    take turns, in the order that they ask, so that the time of one operation is not spent waiting for others.
+
     Args:
         ranks: handles of `LearnerRank`, by rank, all started.
-        timeout_s: how long one operation may take.
+        timeout_s: how long one operation may take, from its turn on.
         start_anew: ends the ranks and gives new ones, started.
     """
 
@@ -172,8 +217,28 @@ class RayLearnerGroup:
         self._ranks = list(ranks)
         self._timeout_s = timeout_s
         self._start_anew = start_anew
+        self._adapter: str | None = None
+        self._turn = asyncio.Lock()
+
+    async def add_adapter(self, name: str, config: AdapterConfig) -> None:
+        """Makes an adapter on every rank. Raises ConfigError for a taken name and for parts that the model lacks."""
+        await self._all("add_adapter", lambda rank: rank.add_adapter.remote(name, config))
+
+    async def remove_adapter(self, name: str) -> None:
+        """Frees an adapter. Raises ConfigError if there is none of that name."""
+        await self._all("remove_adapter", lambda rank: rank.remove_adapter.remote(name))
+
+    def with_adapter(self, name: str) -> RayLearnerGroup:
+        """A view of these ranks whose operations are on one adapter; ConfigError comes from each if it is not there.
+
+        Adapters do not survive `restart`, and neither do views: one from before stays with the ranks that ended.
+        """
+        view = RayLearnerGroup(self._ranks, self._timeout_s)
+        view._adapter, view._turn = name, self._turn
+        return view
 
     async def restart(self) -> None:
+        """Ends the ranks and starts others, at the weights that they began with and without adapters."""
         if self._start_anew is None:
             raise RuntimeError("this learner cannot start anew")
         try:
@@ -183,28 +248,37 @@ class RayLearnerGroup:
 
     async def forward(self, data: Sequence[Datum], temperature: float = 1.0) -> ForwardOutput:
         shards = self._shards(data)
-        outputs = await self._all(
-            "forward", [rank.forward.remote(shard.data, temperature) for rank, shard in self._pairs(shards)]
+        outputs = await self._each(
+            "forward", lambda rank, shard: rank.forward.remote(shard.data, temperature, self._adapter), shards
         )
         return ForwardOutput(logprobs_per_datum=unshard(shards, [output.logprobs_per_datum for output in outputs]))
 
     async def forward_backward(
-        self, data: Sequence[Datum], loss: LossConfig, temperature: float = 1.0, sum_weights: float | None = None
+        self,
+        data: Sequence[Datum],
+        loss: LossConfig,
+        temperature: float = 1.0,
+        sum_weights: float | None = None,
+        *,
+        positions: Positions = "weighted",
+        with_grad_norm: bool = False,
     ) -> ForwardBackwardOutput:
         """Accumulates gradients of the whole batch's loss, whatever the number of ranks.
 
         `sum_weights` is the normaliser where data of the batch are left out because they add nothing; None: the sum
-        of the weights of `data`.
+        of the weights of `data`. A loss that is not normalised has none. For the rest see `Learner`.
         """
         shards = self._shards(data)
-        if sum_weights is None:
+        if not loss.normalised:
+            sum_weights = 1.0
+        elif sum_weights is None:
             sum_weights = total_weights(data)
-        outputs: list[ForwardBackwardOutput] = await self._all(
+        outputs: list[ForwardBackwardOutput] = await self._each(
             "forward_backward",
-            [
-                rank.forward_backward.remote(shard.data, loss, sum_weights, temperature)
-                for rank, shard in self._pairs(shards)
-            ],
+            lambda rank, shard: rank.forward_backward.remote(
+                shard.data, loss, sum_weights, temperature, positions, with_grad_norm, self._adapter
+            ),
+            shards,
         )
         return ForwardBackwardOutput(
             loss=outputs[0].loss,
@@ -216,38 +290,48 @@ class RayLearnerGroup:
 
     async def optim_step(self, params: AdamParams) -> OptimStepOutput:
         outputs: list[OptimStepOutput] = await self._all(
-            "optim_step", [rank.optim_step.remote(params) for rank in self._ranks]
+            "optim_step", lambda rank: rank.optim_step.remote(params, self._adapter)
         )
         return outputs[0]
 
     async def publish_weights(self, version: int) -> PublishedWeights:
+        """The policy's own; adapters go to samplers as directories."""
         published: list[PublishedWeights] = await self._all(
-            "publish_weights", [rank.publish_weights.remote(version) for rank in self._ranks]
+            "publish_weights", lambda rank: rank.publish_weights.remote(version)
         )
         return published[0]
 
-    async def save_state(self, directory: Path) -> None:
+    async def save_state(self, directory: Path, with_optimizer: bool = True) -> None:
         # Ranks may run with another working directory: only an absolute path means the same to all.
-        await self._all("save_state", [rank.save_state.remote(directory.resolve()) for rank in self._ranks])
+        path = directory.resolve()
+        await self._all("save_state", lambda rank: rank.save_state.remote(path, with_optimizer, self._adapter))
 
-    async def load_state(self, directory: Path) -> None:
-        await self._all("load_state", [rank.load_state.remote(directory.resolve()) for rank in self._ranks])
+    async def load_state(self, directory: Path, with_optimizer: bool = True) -> None:
+        path = directory.resolve()
+        await self._all("load_state", lambda rank: rank.load_state.remote(path, with_optimizer, self._adapter))
+
+    async def save_for_sampler(self, directory: Path) -> None:
+        path = directory.resolve()
+        await self._all("save_for_sampler", lambda rank: rank.save_for_sampler.remote(path, self._adapter))
 
     async def save_hf(self, directory: Path) -> None:
-        await self._all("save_hf", [rank.save_hf.remote(directory.resolve()) for rank in self._ranks])
+        path = directory.resolve()
+        await self._all("save_hf", lambda rank: rank.save_hf.remote(path, self._adapter))
 
     def _shards(self, data: Sequence[Datum]) -> tuple[Shard, ...]:
         return shard_data(data, len(self._ranks))
 
-    def _pairs(self, shards: tuple[Shard, ...]) -> Iterator[tuple[Any, Shard]]:
-        return zip(self._ranks, shards, strict=True)
+    async def _all(self, doing: str, call: Callable[[Any], Any]) -> list[Any]:
+        """Every rank's answer to one call."""
+        return await self._each(doing, lambda rank, _: call(rank), (None,) * len(self._ranks))
 
-    async def _all(self, doing: str, references: Sequence[Any]) -> list[Any]:
-        """Every rank's answer."""
-        try:
-            return await together(
-                answer(reference, actor=f"learner rank {rank}", doing=doing, timeout_s=self._timeout_s)
-                for rank, reference in enumerate(references)
-            )
-        except ActorFailedError as error:
-            raise LearnerLostError(str(error)) from error
+    async def _each(self, doing: str, call: Callable[[Any, Any], Any], parts: Sequence[Any]) -> list[Any]:
+        """Every rank's answer, each called with its part."""
+        async with self._turn:
+            try:
+                return await together(
+                    answer(call(handle, part), actor=f"learner rank {rank}", doing=doing, timeout_s=self._timeout_s)
+                    for rank, (handle, part) in enumerate(zip(self._ranks, parts, strict=True))
+                )
+            except ActorFailedError as error:
+                raise LearnerLostError(str(error)) from error

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.status import Status
 
 from actors.calls import first_error
-from actors.cast import start_learner
 from actors.cluster import cluster_gpus, connected, granted
 from actors.learner import RayLearnerGroup
+from actors.learner_start import start_learner
 from actors.preparation import Prepared, prepare
 from actors.signals import StopSignals
 from actors.spawn import Actors, spawn_learner
@@ -25,7 +25,7 @@ from weaver_rl.config import RunConfig
 from weaver_rl.models.config import PretrainedModel, ScratchModel
 from weaver_rl.models.directories import MARKER
 from weaver_rl.models.resolve import SCRATCH_DIRECTORY, resolve_model
-from weaver_rl.placement import Placement, plan_placement
+from weaver_rl.placement import plan_placement
 from weaver_rl.replay import StepReplay, print_replay, replay_steps
 from weaver_rl.replay_plan import ReplayPlan, plan_replay
 from weaver_rl.tasks.load import load_task
@@ -56,7 +56,7 @@ def replay(run_dir: Path, step: int, console: Console, address: str | None = Non
 def _replay_connected(plan: ReplayPlan, scratch: Path, stop: StopSignals, console: Console) -> list[StepReplay]:
     config = plan.config
     whole = plan_placement(config.cluster, config.learner, config.sampler, cluster_gpus=cluster_gpus())
-    placement = _without_samplers(whole)
+    placement = whole.only_learner()
     with (
         granted(placement, config.cluster.start_timeout_s) as reservation,
         console.status("preparing the model") as status,
@@ -80,7 +80,14 @@ async def _run(
 ) -> list[StepReplay]:
     async with stop.running():
         status.update("starting the learner")
-        await start_learner(actors.learner_ranks, plan.config, prepared, "object_store")
+        await start_learner(
+            actors.learner_ranks,
+            plan.config.learner,
+            model_dir=prepared.model_dir,
+            seed=plan.config.seed,
+            transport="object_store",
+            chunk_bytes=plan.config.weights.chunk_mb << 20,
+        )
         return await replay_steps(
             plan,
             learner=RayLearnerGroup(actors.learner_ranks, plan.config.learner.timeout_s),
@@ -97,8 +104,3 @@ def _initial_model(config: RunConfig, run_dir: Path, scratch: Path) -> Path:
         return kept
     task = load_task(config.task, config.base_dir, config.seed)
     return resolve_model(config.model, scratch, partial(sample_texts, task, config.task), config.base_dir)
-
-
-def _without_samplers(placement: Placement) -> Placement:
-    bundles = tuple(placement.bundles[index] for index in placement.learner_bundles)
-    return replace(placement, bundles=bundles, learner_bundles=tuple(range(len(bundles))), sampler_bundles=())

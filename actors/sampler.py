@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from itertools import chain
@@ -15,11 +15,20 @@ from ray.exceptions import ObjectLostError
 
 from actors.identity import Identity, this_process
 from actors.object_store import tensors
-from weaver_rl.engines.loop import EngineLoop
-from weaver_rl.engines.vllm import VllmEngine, import_vllm, prepare_process
+from weaver_rl.engines.config import LoraLimits
+from weaver_rl.engines.loop import EngineLoop, PauseMode
+from weaver_rl.engines.start import import_vllm, prepare_process
+from weaver_rl.engines.vllm import VllmEngine
 from weaver_rl.errors import LearnerLostError
 from weaver_rl.rollout import SamplingConfig
-from weaver_rl.types import Float32Array, GroupSample, PublishedWeights, SampleRequest
+from weaver_rl.types import (
+    Adapter,
+    Float32Array,
+    GroupSample,
+    PromptLogprobs,
+    PublishedWeights,
+    SampleRequest,
+)
 from weaver_rl.weights.config import Transport
 
 
@@ -36,6 +45,10 @@ class SamplerSpec:
     tensor_parallel: int
     transport: Transport
     start_timeout_s: float
+    with_tokenizer: bool = False
+    """Completions come with texts, and texts can end them. The tokenizer is that of `model_dir`."""
+    lora: LoraLimits | None = None
+    """Which adapters requests may bring; an engine that takes some keeps its base weights."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,9 +101,51 @@ class Sampler:
             if num_left:
                 self._loop.abort(futures)
 
+    async def sample(self, request: SampleRequest, sampling: SamplingConfig) -> GroupSample:
+        """Samples one group beside whatever is in flight. Cancelled, it frees the engine.
+
+        Raises EngineError for a request that the engine refuses, EngineLostError when a step of the engine failed.
+        """
+        [future] = self._loop.submit([request], sampling)
+        group: GroupSample = await self._answer(future)
+        return group
+
+    async def abort(self, group_id: str) -> None:
+        """Ends a group that nobody waits for any more: its `sample` fails with EngineError."""
+        await asyncio.wrap_future(self._loop.abort_group(group_id))
+
+    async def prompt_logprobs(
+        self, token_ids: Sequence[int], temperature: float = 1.0, adapter: Adapter | None = None
+    ) -> PromptLogprobs:
+        """Log-probabilities (N,) of a fixed sequence, log_softmax(logits / temperature); see `VllmEngine.add_score`.
+
+        Raises EngineError for what cannot be scored, EngineLostError when a step of the engine failed.
+        """
+        return PromptLogprobs(logprobs_P=await self._answer(self._loop.score(token_ids, temperature, adapter)))
+
     async def score(self, token_ids: Sequence[int]) -> Float32Array:
         """Log-probabilities (N-1,) of a fixed sequence at temperature 1."""
-        return await asyncio.wrap_future(self._loop.score(token_ids))
+        logprobs: Float32Array = await self._answer(self._loop.score(token_ids))
+        return logprobs[1:]
+
+    async def pause(self, mode: PauseMode) -> None:
+        """No engine step until `resume`; see `EngineLoop.pause` for what becomes of what is in flight."""
+        await asyncio.wrap_future(self._loop.pause(mode))
+
+    async def resume(self) -> None:
+        """Goes on after `pause`."""
+        await asyncio.wrap_future(self._loop.resume())
+
+    async def load_directory(self, directory: Path, version: int) -> None:
+        """Loads the weights of a Hugging Face directory, paused or not; what is in flight goes on with them.
+
+        Raises EngineError, with the weights as they were, for a directory of another model or an engine with adapters.
+        """
+        await self._load(lambda engine: engine.load_directory(directory, version))
+
+    async def forget_adapter(self, name: str) -> None:
+        """Frees the adapter; a request that brings that name again reads its directory again."""
+        await self._call(lambda engine: engine.forget_adapter(name))
 
     async def load_weights(self, weights: PublishedWeights) -> None:
         """Loads a version and drops what was cached under older ones."""
@@ -103,12 +158,12 @@ class Sampler:
 
         # In one command: an engine step between two chunks would sample from a policy that never existed.
         def load(engine: VllmEngine) -> None:
-            # Before the first tensor: if the load fails half-way, what is sampled after it must not pass for older.
-            engine.stamp(weights.version)
-            if chunks:
-                engine.load_weights(chain.from_iterable(tensors(chunk) for chunk in chunks))
-            engine.reset_cache()
+            pairs = chain.from_iterable(tensors(chunk) for chunk in chunks) if chunks else None
+            engine.replace_weights(weights.version, pairs)
 
+        await self._load(load)
+
+    async def _load(self, load: Callable[[VllmEngine], None]) -> None:
         self._num_loading += 1
         try:
             await self._call(load)
@@ -144,6 +199,13 @@ class Sampler:
     async def _call(self, function: Any) -> Any:
         return await asyncio.wrap_future(self._loop.call(function))
 
+    async def _answer(self, future: Future[Any]) -> Any:
+        try:
+            return await asyncio.wrap_future(future)
+        finally:
+            if not future.done():
+                self._loop.abort([future])
+
     def _build(self) -> VllmEngine:
         # The import takes as long as the rest; it happens while the model is still being prepared. It is here and not
         # in a thread of its own because vLLM is to be imported, built and stepped by one and the same thread.
@@ -157,4 +219,6 @@ class Sampler:
             stop_token_ids=spec.stop_token_ids,
             tensor_parallel=spec.tensor_parallel,
             weight_transfer=None if spec.transport == "object_store" else spec.transport,
+            with_tokenizer=spec.with_tokenizer,
+            lora=spec.lora,
         )

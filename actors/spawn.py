@@ -92,14 +92,21 @@ class SamplerSpawner:
         return self._make(name, group, 0)
 
     def _make(self, name: str, group: PlacementGroup, bundle: int) -> Any:
-        remote = ray.remote(Sampler).options(
-            num_cpus=self._config.num_cpus,
-            num_gpus=self._placement.sampler_gpus,
-            max_concurrency=MAX_CALLS_IN_FLIGHT,
-            scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
-        )
-        self._actors.samplers[name] = remote.remote(self._num_threads)
+        self._actors.samplers[name] = spawn_sampler(self._config, self._placement, group, bundle, self._num_threads)
         return self._actors.samplers[name]
+
+
+def spawn_sampler(
+    config: SamplerConfig, placement: Placement, group: PlacementGroup, bundle: int, num_threads: int | None
+) -> Any:
+    """One sampler in a bundle of the group."""
+    remote = ray.remote(Sampler).options(
+        num_cpus=config.num_cpus,
+        num_gpus=placement.sampler_gpus,
+        max_concurrency=MAX_CALLS_IN_FLIGHT,
+        scheduling_strategy=PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=bundle),
+    )
+    return remote.remote(num_threads)
 
 
 def spawn_learner(actors: Actors, config: LearnerConfig, placement: Placement, group: PlacementGroup) -> None:

@@ -110,6 +110,26 @@ def scale(
 
 
 @app.command()
+def serve(
+    config: Annotated[Path, typer.Argument(help="YAML file of the server.", show_default=False)],
+    overrides: OverridesArgument = None,
+    address: Annotated[
+        str | None, typer.Option(help="Ray cluster to join; without it RAY_ADDRESS, else this machine.")
+    ] = None,
+) -> None:
+    """Serve training and sampling to Weaver clients until it is stopped."""
+    from weaver_rl.config_file import load_file
+    from weaver_rl.service.config import ServeConfig
+
+    extra = [f"cluster.address={address}"] if address is not None else []
+    loaded = load_file(ServeConfig, config, [*(overrides or []), *extra])
+
+    from actors.serve import serve as run
+
+    run(loaded, Console())
+
+
+@app.command()
 def reward(
     name: Annotated[str, typer.Argument(help="FILE.py:FUNCTION, package.module:FUNCTION or a built-in.")],
     rollouts: Annotated[Path, typer.Option(help="Run folder, or JSONL with prompt, completion, optional answer.")],
@@ -119,7 +139,7 @@ def reward(
     memory_limit_mb: Annotated[int, typer.Option(help="MiB the function may add to its process.")] = 1024,
 ) -> None:
     """Try a reward on recorded rollouts, without any training."""
-    from weaver_rl.config import pairs, section
+    from weaver_rl.config_file import pairs, section
     from weaver_rl.rewards.config import RewardSpec, RewardWorkersConfig
     from weaver_rl.rewards.tryout import load_rollouts, try_reward
 

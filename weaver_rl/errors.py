@@ -77,3 +77,39 @@ class EngineError(WeaverRLError, RuntimeError):
 
 class EngineLostError(EngineError, ActorFailedError):
     """The inference engine stopped or a step of it failed: what was in flight must be sampled elsewhere."""
+
+
+class ServiceError(UserError, RuntimeError):
+    """What a client of the service is told: a code for programs, a message for people, and whether to try again.
+
+    Args:
+        code: short snake_case word, the same for the same cause.
+        status: HTTP status where the refusal is an answer to a request.
+        retryable: the very same request may succeed later.
+        details: more for programs, JSON values only.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        status: int = 400,
+        retryable: bool = False,
+        details: dict[str, object] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.status = status
+        self.retryable = retryable
+        self.details = details or {}
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _service_error, (self.code, self.message, self.status, self.retryable, self.details)
+
+
+def _service_error(
+    code: str, message: str, status: int, retryable: bool, details: dict[str, object]
+) -> ServiceError:
+    return ServiceError(code, message, status=status, retryable=retryable, details=details)

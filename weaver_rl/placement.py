@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from pydantic import Field
@@ -44,6 +44,16 @@ class Placement:
     colocated: bool = False
     """Learner and sampler share their GPU."""
 
+    def only_learner(self) -> Placement:
+        """The learner ranks alone."""
+        bundles = tuple(self.bundles[index] for index in self.learner_bundles)
+        return replace(self, bundles=bundles, learner_bundles=tuple(range(len(bundles))), sampler_bundles=())
+
+    def only_samplers(self) -> Placement:
+        """The samplers alone."""
+        bundles = tuple(self.bundles[index] for index in self.sampler_bundles)
+        return replace(self, bundles=bundles, sampler_bundles=tuple(range(len(bundles))), learner_bundles=())
+
     def total(self) -> dict[str, float]:
         """Everything asked for, by resource."""
         kinds = sorted({kind for bundle in self.bundles for kind in bundle})
@@ -51,9 +61,17 @@ class Placement:
 
 
 def plan_placement(
-    cluster: ClusterConfig, learner: LearnerConfig, sampler: SamplerConfig, *, cluster_gpus: float
+    cluster: ClusterConfig,
+    learner: LearnerConfig,
+    sampler: SamplerConfig,
+    *,
+    cluster_gpus: float,
+    may_colocate: bool = True,
 ) -> Placement:
     """Lays the actors out over bundles.
+
+    Args:
+        may_colocate: `auto` may mean colocated.
 
     Raises:
         ResourcesError: colocated without GPUs, with more than one of each, or with GPUs per actor given.
@@ -63,7 +81,9 @@ def plan_placement(
     sampler_gpus = (float(sampler.tensor_parallel) if on_gpu else 0.0) if sampler.num_gpus is None else sampler.num_gpus
     one_each = (sampler.num_replicas, learner.num_ranks, sampler.tensor_parallel) == (1, 1, 1)
     one_gpu = 0 < cluster_gpus < 2 and learner.num_gpus is None and sampler.num_gpus is None
-    if cluster.placement == "colocated" or (cluster.placement == "auto" and one_each and one_gpu):
+    if cluster.placement == "colocated" or (
+        cluster.placement == "auto" and may_colocate and one_each and one_gpu
+    ):
         return _colocated(learner, sampler, learner_gpus)
     learner_bundle = _bundle(learner.num_cpus, learner_gpus)
     sampler_bundle = _bundle(sampler.num_cpus, sampler_gpus)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -41,12 +42,39 @@ class Prompt:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Adapter:
+    """A LoRA adapter on disk, as PEFT writes it. Caches go by `name`: another content needs another name."""
+
+    name: str
+    directory: Path
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SampleRequest:
     """One group to sample: one prompt, `len(seeds_G)` completions, each with its own seed."""
 
     group_id: str
     token_ids_P: tuple[int, ...]
     seeds_G: tuple[int, ...]
+    adapter: Adapter | None = None
+    """What the engine's weights are changed by; None: they are used as they are."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a completion; their tokens stay in it. Needs an engine with a tokenizer."""
+    stop_token_ids: tuple[int, ...] = ()
+    """Tokens that end a completion, besides the engine's own; the last token of what they end."""
+    num_prompt_logprobs: int | None = None
+    """Log-probabilities of the prompt, at temperature 1. None: none; k: of its tokens and of the k likeliest."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PromptLogprobs:
+    """What a policy gives the tokens of a prompt, each given those before it, at temperature 1."""
+
+    logprobs_P: Float32Array
+    """Natural-log probability of each token; NaN for the first, which nothing is before."""
+    top_P: tuple[tuple[tuple[int, float], ...], ...] = ()
+    """For each position the likeliest tokens with their log-probabilities, likeliest first; nothing for the first
+    position, and no positions at all unless they were asked for."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +126,9 @@ class GroupSample:
     completions_G: tuple[Completion, ...]
     sampler: str
     """Name of the sampler that generated it, for reports and blame."""
+    texts_G: tuple[str, ...] = ()
+    """Each completion decoded, special tokens and the stop text left out; empty without a tokenizer."""
+    prompt_logprobs: PromptLogprobs | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,8 +63,8 @@ def cpu_config(**changes: Any) -> LearnerConfig:
 
 
 def gradients(learner: Learner) -> dict[str, torch.Tensor]:
-    """Whole gradients by name; a collective."""
-    named = learner._policy.model.named_parameters()
+    """Whole gradients of what the learner trains, by name; a collective."""
+    named = learner._trained.named_parameters()
     return {name: _full(parameter.grad).clone() for name, parameter in named if parameter.grad is not None}
 
 

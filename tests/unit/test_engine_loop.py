@@ -3,111 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator
 
-import numpy as np
 import pytest
-from fakes import make_completion
+from fake_engine import SAMPLING, WAIT_S, FakeEngine, Rig, ids, request
 
 from weaver_rl.engines.loop import EngineLoop
 from weaver_rl.errors import EngineError
-from weaver_rl.rollout import SamplingConfig
-from weaver_rl.types import Float32Array, GroupSample, SampleRequest
 
 pytestmark = pytest.mark.unit
-
-SAMPLING = SamplingConfig(max_tokens=4)
-WAIT_S = 10.0
-
-
-class FakeEngine:
-    """Finishes every group after `steps_per_group` steps; stops before a step while `gate` is closed."""
-
-    name = "sampler-0"
-
-    def __init__(self, steps_per_group: int = 1) -> None:
-        self.gate = threading.Event()
-        self.gate.set()
-        self.at_gate = threading.Event()
-        self.steps: list[tuple[str, ...]] = []
-        """The groups that were in flight at each step."""
-        self.resets = 0
-        self.fail_next_step: BaseException | None = None
-        self.fail_reset: Exception | None = None
-        self.closed = threading.Event()
-        self._left: dict[str, int] = {}
-        self._scores: dict[str, Float32Array | None] = {}
-        self._steps_per_group = steps_per_group
-
-    def add(self, request: SampleRequest, sampling: SamplingConfig) -> None:
-        if len(request.token_ids_P) > 8:
-            raise EngineError(f"group {request.group_id}: the prompt is too long")
-        self._left[request.group_id] = self._steps_per_group
-
-    def add_score(self, token_ids: Sequence[int]) -> str:
-        if len(token_ids) < 2:
-            raise EngineError("two tokens are needed")
-        self._scores[f"score-{len(self._scores)}"] = None
-        return list(self._scores)[-1]
-
-    def take_score(self, score_id: str) -> Float32Array | None:
-        return self._scores.pop(score_id) if self._scores[score_id] is not None else None
-
-    def has_work(self) -> bool:
-        return bool(self._left or self._scores)
-
-    def step(self) -> list[GroupSample]:
-        self.at_gate.set()
-        assert self.gate.wait(WAIT_S)
-        self.steps.append(tuple(self._left))
-        if self.fail_next_step is not None:
-            error, self.fail_next_step = self.fail_next_step, None
-            raise error
-        self._scores = {score_id: np.zeros(3, np.float32) for score_id in self._scores}
-        self._left = {group: left - 1 for group, left in self._left.items()}
-        done = [group for group, left in self._left.items() if left == 0]
-        self._left = {group: left for group, left in self._left.items() if left}
-        return [GroupSample(group_id=g, completions_G=(make_completion(),), sampler=self.name) for g in done]
-
-    def abort(self, group_ids: Sequence[str]) -> None:
-        for group_id in group_ids:
-            del self._left[group_id]
-
-    def abort_all(self) -> list[str]:
-        lost = list(self._left)
-        self._left, self._scores = {}, {}
-        return lost
-
-    def reset_cache(self) -> None:
-        if self.fail_reset is not None:
-            raise self.fail_reset
-        self.resets += 1
-
-    def close(self) -> None:
-        self.closed.set()
-
-
-class Rig:
-    def __init__(self) -> None:
-        self.engine = FakeEngine(steps_per_group=2)
-        self.loop = EngineLoop(lambda: self.engine)
-        self.loop.wait_started(WAIT_S)
-
-    def submit(self, *group_ids: str, cold: bool = False) -> list[Future[GroupSample]]:
-        return self.loop.submit([request(group_id) for group_id in group_ids], SAMPLING, cold=cold)
-
-    def hold(self, *group_ids: str) -> list[Future[GroupSample]]:
-        """Submits groups and returns once the thread stands before their first step."""
-        self.engine.gate.clear()
-        self.engine.at_gate.clear()
-        futures = self.submit(*group_ids)
-        assert self.engine.at_gate.wait(WAIT_S)
-        return futures
-
-
-def request(group_id: str, num_tokens: int = 2) -> SampleRequest:
-    return SampleRequest(group_id=group_id, token_ids_P=(1,) * num_tokens, seeds_G=(0,))
 
 
 @pytest.fixture
@@ -117,10 +21,6 @@ def rig() -> Iterator[Rig]:
     rig.engine.gate.set()
     rig.loop.close(WAIT_S)
     assert not rig.loop._thread.is_alive()
-
-
-def ids(futures: list[Future[GroupSample]]) -> list[str]:
-    return [future.result(WAIT_S).group_id for future in futures]
 
 
 def test_what_is_submitted_together_is_in_before_the_next_step(rig: Rig):
@@ -182,6 +82,28 @@ def test_scores_are_answered_and_bad_ones_refused(rig: Rig):
     assert rig.loop.score((1, 2, 3)).result(WAIT_S).tolist() == [0, 0, 0]
     with pytest.raises(EngineError, match="two tokens"):
         rig.loop.score((1,)).result(WAIT_S)
+
+
+def test_scores_that_nobody_waits_for_are_dropped(rig: Rig):
+    rig.hold("a")
+    unwanted, wanted = rig.loop.score((1, 2)), rig.loop.score((1, 2, 3))
+    rig.loop.abort([unwanted])
+    rig.engine.gate.set()
+    with pytest.raises(EngineError, match="score-1 was aborted"):
+        unwanted.result(WAIT_S)
+    assert wanted.result(WAIT_S).shape == (3,)
+    assert rig.engine.dropped_scores == ["score-1"]
+
+
+def test_a_group_can_be_ended_by_its_name(rig: Rig):
+    first = rig.hold("a", "b")
+    ended = rig.loop.abort_group("a")
+    rig.engine.gate.set()
+    ended.result(WAIT_S)
+    with pytest.raises(EngineError, match="group a was aborted"):
+        first[0].result(WAIT_S)
+    assert ids(first[1:]) == ["b"]
+    rig.loop.abort_group("never asked for").result(WAIT_S)
 
 
 def test_a_call_runs_between_two_steps(rig: Rig):

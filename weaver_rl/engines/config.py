@@ -1,7 +1,8 @@
-"""The `sampler` section: how many engines, on what, with which vLLM arguments."""
+"""The `sampler` section: how many engines, on what, with which vLLM arguments. It knows no vLLM and no service."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import Field, field_validator
@@ -22,6 +23,22 @@ OWNED_ENGINE_ARGS = {
 
 MIN_MODEL_LEN = 2
 """A prompt of one token and a completion of one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoraLimits:
+    """Which LoRA adapters an engine takes. Each of the `max_loras` places takes memory for `max_rank`.
+
+    Example:
+        LoraLimits(max_loras=8, max_rank=64)
+    """
+
+    max_loras: int
+    """Different adapters in one engine step; requests with more of them wait for a step."""
+    max_rank: int
+    """Largest rank; vLLM rounds it up to one of its own."""
+    max_idle: int = 16
+    """Adapters kept in memory that no request uses; beyond that the longest unused go, and are read again if asked."""
 
 
 class SamplerConfig(Section):

@@ -1,6 +1,6 @@
 """The thread that owns an engine: alternates between commands and engine steps. It knows nothing of vLLM or Ray.
 
-Loop: produces finished groups; waits for commands when the engine is idle; unblocked by `submit`, `call` or `close`.
+Loop: produces finished groups; waits for commands when the engine is idle, held or paused; unblocked by any of them.
 """
 
 from __future__ import annotations
@@ -13,13 +13,15 @@ import traceback
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 from weaver_rl.errors import EngineError, EngineLostError
 from weaver_rl.rollout import SamplingConfig
-from weaver_rl.types import Float32Array, GroupSample, SampleRequest
+from weaver_rl.types import Adapter, Float32Array, GroupSample, SampleRequest
 
 T = TypeVar("T")
+
+PauseMode = Literal["abort", "retract", "in_place"]
 
 
 class Engine(Protocol):
@@ -28,10 +30,12 @@ class Engine(Protocol):
     name: str
 
     def add(self, request: SampleRequest, sampling: SamplingConfig) -> None: ...
-    def add_score(self, token_ids: Sequence[int]) -> str: ...
+    def add_score(self, token_ids: Sequence[int], temperature: float, adapter: Adapter | None) -> str: ...
     def take_score(self, score_id: str) -> Float32Array | None: ...
+    def drop_score(self, score_id: str) -> None: ...
     def has_work(self) -> bool: ...
     def step(self) -> list[GroupSample]: ...
+    def cut_short(self) -> list[GroupSample]: ...
     def abort(self, group_ids: Sequence[str]) -> None: ...
     def abort_all(self) -> list[str]: ...
     def reset_cache(self) -> None: ...
@@ -51,6 +55,15 @@ class _Command:
                 future.set_exception(error)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Asked:
+    """A group in flight."""
+
+    request: SampleRequest
+    sampling: SamplingConfig
+    future: Future[GroupSample]
+
+
 def _promise() -> Future[Any]:
     """A future that a caller cannot cancel: an answer that nobody waits for any more must not end the thread."""
     future: Future[Any] = Future()
@@ -67,11 +80,12 @@ class EngineLoop:
 
     def __init__(self, build: Callable[[], Engine]) -> None:
         self._commands: queue.SimpleQueue[_Command] = queue.SimpleQueue()
-        self._groups: dict[str, Future[GroupSample]] = {}
+        self._groups: dict[str, _Asked] = {}
         self._scores: dict[str, Future[Float32Array]] = {}
         self._closed = False
         self._num_steps = 0
         self._is_held = False
+        self._is_paused = False
         # Whatever is sent before `_closed` is in the queue when the thread empties it for the last time.
         self._sending = threading.Lock()
         self._started: Future[None] = Future()
@@ -104,22 +118,27 @@ class EngineLoop:
                 if request.group_id in self._groups:
                     # Whoever asked before has gone, and the news of that is still on its way.
                     self._drop([request.group_id])
-                try:
-                    self._engine.add(request, sampling)
-                except Exception as error:  # noqa: BLE001 - boundary: one bad request must not end the others
-                    future.set_exception(error)
-                else:
-                    self._groups[request.group_id] = future
+                self._add(_Asked(request=request, sampling=sampling, future=future))
 
         self._send(add, futures)
         return futures
 
-    def score(self, token_ids: Sequence[int]) -> Future[Float32Array]:
-        """Log-probabilities (N-1,) of a fixed sequence, at temperature 1."""
+    def _add(self, asked: _Asked) -> None:
+        try:
+            self._engine.add(asked.request, asked.sampling)
+        except Exception as error:  # noqa: BLE001 - boundary: one bad request must not end the others
+            asked.future.set_exception(error)
+        else:
+            self._groups[asked.request.group_id] = asked
+
+    def score(
+        self, token_ids: Sequence[int], temperature: float = 1.0, adapter: Adapter | None = None
+    ) -> Future[Float32Array]:
+        """Log-probabilities (N,) of a fixed sequence, of logits divided by the temperature; NaN for the first token."""
         future: Future[Float32Array] = _promise()
 
         def add() -> None:
-            self._scores[self._engine.add_score(token_ids)] = future
+            self._scores[self._engine.add_score(token_ids, temperature, adapter)] = future
 
         self._send(add, [future])
         return future
@@ -128,17 +147,59 @@ class EngineLoop:
         """Runs `function(engine)` between two engine steps."""
         return self._send(lambda: function(self._engine))
 
-    def abort(self, futures: Sequence[Future[GroupSample]]) -> None:
-        """Drops groups that nobody wants any more, given what `submit` returned for them; the futures fail."""
+    def abort(self, futures: Sequence[Future[Any]]) -> None:
+        """Drops what nobody wants any more, given what `submit` or `score` returned for it; the futures fail."""
         unwanted = set(futures)
+
+        # By future, not by name: the same group may have been asked for again since.
+        def drop() -> None:
+            self._drop([name for name, asked in self._groups.items() if asked.future in unwanted])
+            for score_id in [score_id for score_id, future in self._scores.items() if future in unwanted]:
+                self._engine.drop_score(score_id)
+                self._scores.pop(score_id).set_exception(EngineError(f"{score_id} was aborted"))
+
         with contextlib.suppress(EngineError):  # closed: nothing is in flight
-            # By future, not by name: the same group may have been asked for again since.
-            self._send(lambda: self._drop([name for name, future in self._groups.items() if future in unwanted]))
+            self._send(drop)
+
+    def abort_group(self, group_id: str) -> Future[None]:
+        """Drops the group of that name, if it is in flight; its future fails."""
+        return self._send(lambda: self._drop([group_id] if group_id in self._groups else []))
 
     def _drop(self, group_ids: Sequence[str]) -> None:
         self._engine.abort(group_ids)
         for group_id in group_ids:
-            self._groups.pop(group_id).set_exception(EngineError(f"group {group_id} was aborted"))
+            self._groups.pop(group_id).future.set_exception(EngineError(f"group {group_id} was aborted"))
+
+    def pause(self, mode: PauseMode) -> Future[None]:
+        """No engine step from now on until `resume`; calls are still taken, and what is asked for meanwhile waits.
+
+        Args:
+            mode: what becomes of the groups in flight, those that wait since an earlier pause included. `abort`: they
+                end now with what they have so far; `retract`: they begin anew after `resume`, with the same seeds;
+                `in_place`: they go on after `resume`. Scores always go on.
+        """
+        if mode not in get_args(PauseMode):
+            raise EngineError(f"pause mode {mode!r} seen, {', '.join(get_args(PauseMode))} allowed")
+        return self._send(lambda: self._pause(mode))
+
+    def resume(self) -> Future[None]:
+        """Goes on after `pause`; nothing happens without one."""
+        return self._send(self._resume)
+
+    def _pause(self, mode: PauseMode) -> None:
+        self._is_paused = True
+        if mode == "abort":
+            for sample in self._engine.cut_short():
+                self._groups.pop(sample.group_id).future.set_result(sample)
+        elif mode == "retract":
+            retracted = list(self._groups.values())
+            self._engine.abort(list(self._groups))
+            self._groups.clear()
+            for asked in retracted:
+                self._add(asked)
+
+    def _resume(self) -> None:
+        self._is_paused = False
 
     def hold(self) -> Future[None]:
         """No engine step from now on: the engine is about to be given new weights in several commands."""
@@ -159,7 +220,7 @@ class EngineLoop:
     @property
     def is_busy(self) -> bool:
         """Whether groups or scores are in flight and nothing keeps the engine from stepping."""
-        return bool(self._groups or self._scores) and not self._is_held
+        return bool(self._groups or self._scores) and not self._is_held and not self._is_paused
 
     def close(self, timeout_s: float = 30.0) -> None:
         """Ends the thread and the engine; what is in flight fails with EngineError."""
@@ -218,7 +279,7 @@ class EngineLoop:
                 command.fail(error)
 
     def _may_step(self) -> bool:
-        return self._engine.has_work() and not self._is_held
+        return self._engine.has_work() and not self._is_held and not self._is_paused
 
     def _step(self) -> None:
         try:
@@ -232,14 +293,15 @@ class EngineLoop:
         finally:
             self._num_steps += 1
         for sample in finished:
-            self._groups.pop(sample.group_id).set_result(sample)
+            self._groups.pop(sample.group_id).future.set_result(sample)
         for score_id in list(self._scores):
             logprobs = self._engine.take_score(score_id)
             if logprobs is not None:
                 self._scores.pop(score_id).set_result(logprobs)
 
     def _fail_in_flight(self, error: EngineError) -> None:
-        waiting: list[Future[Any]] = [*self._groups.values(), *self._scores.values()]
+        waiting: list[Future[Any]] = [asked.future for asked in self._groups.values()]
+        waiting.extend(self._scores.values())
         self._groups.clear()
         self._scores.clear()
         for future in waiting:

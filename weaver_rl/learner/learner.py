@@ -1,12 +1,16 @@
 """One rank of the learner: Weaver's operations on a policy. A plain class that knows neither Ray, vLLM nor the run.
 
 Every operation is a collective: all ranks of a group call it in the same order, each with its shard of the data.
+Several learners may share a policy, each training an adapter of its own on it: they take turns, and what one does
+changes neither what the others compute nor what they have accumulated.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,12 +18,13 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from weaver_rl.errors import BatchError, CheckpointError, OtherRankError
 from weaver_rl.learner import state, validation
+from weaver_rl.learner.adapter_config import AdapterConfig
+from weaver_rl.learner.adapters import Adapters
 from weaver_rl.learner.config import LearnerConfig
+from weaver_rl.learner.device import DTYPES, pick_device, pick_dtype
 from weaver_rl.learner.export import iterate_chunks, save_hf_directory
 from weaver_rl.learner.microbatches import (
     MicroBatch,
@@ -31,6 +36,8 @@ from weaver_rl.learner.microbatches import (
 )
 from weaver_rl.learner.process_group import Ranks
 from weaver_rl.learner.sharding import build_policy, reshard
+from weaver_rl.learner.trained import Trained, WholePolicy
+from weaver_rl.learner.update import adamw_step, global_norm
 from weaver_rl.losses.contract import TokenLoss
 from weaver_rl.types import (
     AdamParams,
@@ -45,17 +52,24 @@ WRITE_ERRORS = (OSError, SafetensorError, CheckpointException)
 """What a full disk comes as, by who was writing; the last is not even an Exception."""
 MAX_REASON = 400
 """Characters; torch puts whole tracebacks into the errors of a sharded write, the reason last."""
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DROPPED = "all gradients that this model had accumulated are dropped"
+_COUNTS = {"loss", "weights", "num_tokens", "padded_tokens"}
+"""Sums that are no figures of a loss."""
 
 
 class Learner:
     """One rank: float32 master weights, gradients that accumulate until `optim_step`, AdamW.
+
+    It trains the whole policy; `with_adapter` gives learners that train an adapter on it.
 
     Example:
         learner = Learner(Path("model"), LearnerConfig(), seed=0)
         learner.forward_backward(data, CrossEntropy(name="cross_entropy"), sum_weights(data))
         learner.optim_step(AdamParams(learning_rate=1e-5))
     """
+
+    _trained: Trained
+    _optimizer: torch.optim.AdamW
 
     def __init__(
         self,
@@ -73,8 +87,8 @@ class Learner:
         torch.manual_seed(seed + rank)
         self._model_dir = Path(model_dir)
         self._config = config
-        self._device = _pick_device(config, rank)
-        self._compute_dtype = _pick_dtype(config, self._device)
+        self._device = pick_device(config, rank)
+        self._compute_dtype = pick_dtype(config, self._device)
         # bfloat16 compute over float32 masters is FSDP2's mixed precision, on one rank as on many: one path, not two.
         self._ranks = Ranks(
             rank,
@@ -97,16 +111,32 @@ class Learner:
         except BaseException:
             self.close()
             raise
-        self._optimizer = torch.optim.AdamW(self._policy.parameters(), lr=0.0, fused=True)
+        self._adapters = Adapters(self._policy, self._ranks, self._model_dir)
+        self._train(WholePolicy(self._policy, self._adapters, self._ranks, self._model_dir))
+
+    def with_adapter(self, name: str, config: AdapterConfig) -> Learner:
+        """A learner on the same policy and ranks that trains a new adapter, which changes nothing yet.
+
+        The policy's own weights are frozen as long as there is an adapter on them: this learner, if it trains those,
+        still computes with them. Raises ConfigError for a name that is taken and for parts that the model lacks.
+        """
+        learner = copy.copy(self)
+        learner._train(self._adapters.add(name, config))
+        return learner
+
+    def remove_adapter(self, name: str) -> None:
+        """Free an adapter with its gradients and AdamW's state; its learner refuses all work from then on."""
+        self._adapters.remove(name)
 
     @property
     def num_parameters(self) -> int:
-        """Weights of the whole policy, tied ones once."""
-        return sum(parameter.numel() for parameter in self._policy.parameters())
+        """Weights that it trains, tied ones once."""
+        return sum(parameter.numel() for _, parameter in self._trained.named_parameters())
 
     def forward(self, data: Sequence[Datum], temperature: float = 1.0, positions: Positions = "all") -> ForwardOutput:
         """Log-probabilities of the targets under logits / temperature; `weighted`: NaN where the weight is 0."""
         names = ("target_tokens",) if positions == "all" else ("target_tokens", "weights")
+        self._begin()
         microbatches = self._agree_on_microbatches(data, names, positions, temperature)
         with torch.no_grad():
             logprobs = [self._logprobs(microbatch, temperature) for microbatch in microbatches]
@@ -122,60 +152,61 @@ class Learner:
         temperature: float = 1.0,
         num_microbatches: int | None = None,
         positions: Positions = "weighted",
+        with_grad_norm: bool = False,
     ) -> ForwardBackwardOutput:
         """Add the gradient of Σ token losses / `sum_weights` to what has accumulated.
 
-        `sum_weights` is Σ weights of the whole request over all ranks; so are the loss and counts returned. The
-        log-probabilities are of this rank's data, NaN at weight 0 unless `positions` is `all`. `num_microbatches`:
-        run at least as many. If it fails in the middle all accumulated gradients are dropped, never kept half-done.
+        `sum_weights` is Σ weights of the whole request over all ranks, or 1 for a loss that is not `normalised`; the
+        loss, counts and metrics returned are of the whole request, too. The log-probabilities are of this rank's
+        data, NaN at weight 0 unless `positions` is `all`. `num_microbatches`: run at least as many. `with_grad_norm`:
+        `metrics` has `grad_norm`, the L2 norm of all that has accumulated. If it fails in the middle all accumulated
+        gradients are dropped, never kept half-done, and the error says so.
         """
+        self._begin(changes_weights=True)
         names = loss.required_inputs
         microbatches = self._agree_on_microbatches(
             data, names, positions, temperature, sum_weights=sum_weights, at_least=num_microbatches or 1
         )
         try:
             results = [self._accumulate(microbatch, loss, sum_weights, temperature) for microbatch in microbatches]
-        except BaseException:
+        except BaseException as error:
             self.zero_grad()
+            if isinstance(error, BatchError):
+                raise BatchError(f"{error}; {DROPPED}") from error
+            error.add_note(f"forward_backward failed in the middle: {DROPPED}")
             raise
-        local_loss = float(torch.stack([result[0] for result in results]).sum())
-        num_tokens = sum(len(datum.token_ids_N) for datum in data)
-        padded_tokens = sum(microbatch.num_tokens for microbatch in microbatches)
-        total_loss, total_tokens, total_padded = self._ranks.sum([local_loss, num_tokens, padded_tokens])
+        totals = self._totals(
+            [sums for sums, _ in results],
+            num_tokens=sum(len(datum.token_ids_N) for datum in data),
+            padded_tokens=sum(microbatch.num_tokens for microbatch in microbatches),
+        )
+        metrics = _metrics(totals, len(microbatches))
+        if with_grad_norm:
+            metrics["grad_norm"] = global_norm(self._trained.summed_gradients().values())
         return ForwardBackwardOutput(
-            loss=total_loss,
-            num_tokens=int(total_tokens),
+            loss=totals["loss"],
+            num_tokens=int(totals["num_tokens"]),
             sum_weights=sum_weights,
-            logprobs_per_datum=_to_data(data, microbatches, [result[1] for result in results]),
-            metrics={
-                "num_microbatches": float(len(microbatches)),
-                "padding_fraction": 1.0 - total_tokens / total_padded,
-            },
+            logprobs_per_datum=_to_data(data, microbatches, [logprobs for _, logprobs in results]),
+            metrics=metrics,
         )
 
     def optim_step(self, params: AdamParams) -> OptimStepOutput:
         """One AdamW update with what has accumulated, over all ranks; gradients are cleared."""
         validation.check_adam_params(params)
-        gradients = [parameter.grad for parameter in self._policy.parameters() if parameter.grad is not None]
+        self._begin(changes_weights=True)
+        gradients = self._trained.summed_gradients()
         if not gradients:
             raise BatchError("optim_step needs gradients: no forward_backward was called since the last optim_step")
-        norm = get_total_norm(gradients)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        if not math.isfinite(float(norm)):
+        norm = global_norm(gradients.values())
+        if not math.isfinite(norm):
             self.zero_grad()
             raise BatchError(
-                f"the gradient norm is {float(norm)}: the step was not applied, weights are unchanged and gradients "
+                f"the gradient norm is {norm}: the step was not applied, weights are unchanged and gradients "
                 "cleared; likely causes: a learning rate too high, or importance weights too large (set clip_ratio)"
             )
-        if params.grad_clip_norm > 0:
-            clip_grads_with_norm_(self._policy.parameters(), params.grad_clip_norm, norm)
-        for group in self._optimizer.param_groups:
-            group["lr"], group["betas"] = params.learning_rate, (params.beta1, params.beta2)
-            group["eps"], group["weight_decay"] = params.eps, params.weight_decay
-        self._optimizer.step()
-        self.zero_grad()
-        return OptimStepOutput(grad_norm=float(norm), learning_rate=params.learning_rate)
+        adamw_step(self._optimizer, gradients, params, norm=norm)
+        return OptimStepOutput(grad_norm=norm, learning_rate=params.learning_rate)
 
     def zero_grad(self) -> None:
         """Drop what has accumulated."""
@@ -183,22 +214,19 @@ class Learner:
 
     def save_state(self, directory: Path, with_optimizer: bool = True) -> None:
         """Write weights, AdamW's state and generators; gradients that have accumulated are not part of it."""
-        try:
-            state.save(
-                Path(directory),
-                self._policy,
-                self._optimizer,
-                self._ranks,
-                model_dir=self._model_dir,
-                with_optimizer=with_optimizer,
-            )
-        except WRITE_ERRORS as error:
-            raise CheckpointError(f"cannot write the learner state to {directory}: {_reason(error)}") from error
+        self._begin()
+        with _writing("the learner state", directory):
+            state.save(Path(directory), self._trained, self._optimizer, self._ranks, with_optimizer=with_optimizer)
 
-    def load_state(self, directory: Path) -> None:
-        """Continue from what `save_state` wrote, on any number of ranks; accumulated gradients are dropped."""
+    def load_state(self, directory: Path, with_optimizer: bool = True) -> None:
+        """Continue from what `save_state` wrote, on any number of ranks; accumulated gradients are dropped.
+
+        `with_optimizer` False: AdamW begins anew, whatever it did before. Raises CheckpointError, and changes nothing,
+        for a state of something else: an adapter of another rank, of other parts, the whole policy.
+        """
+        self._begin(changes_weights=True)
+        state.load(Path(directory), self._trained, self._optimizer, self._ranks, with_optimizer=with_optimizer)
         self.zero_grad()
-        state.load(Path(directory), self._policy, self._optimizer, self._ranks)
 
     def state_chunks(
         self, max_bytes: int, dtype: Literal["float32", "bfloat16"] | None = None
@@ -207,32 +235,56 @@ class Learner:
 
         Every rank must exhaust it; only rank 0's chunks hold anything. `dtype` None: the dtype computed in. Tensors
         may share memory with the policy: copy them before the next `optim_step`. A tied head comes as the embedding.
+        An adapter is merged.
         """
+        self._begin()
         return iterate_chunks(
             self._policy.model,
             rank=self._ranks.rank,
             max_bytes=max_bytes,
-            dtype=_DTYPES[dtype] if dtype else self._compute_dtype,
+            dtype=DTYPES[dtype] if dtype else self._compute_dtype,
             hub_names=True,
+            changes=self._trained.weight_changes(),
         )
 
     def save_hf(self, directory: Path) -> None:
-        """Write a Hugging Face directory, in the dtype computed in, that transformers and vLLM load."""
-        try:
+        """Write a Hugging Face directory, in the dtype computed in, that transformers and vLLM load.
+
+        An adapter is merged into what is written; one that changes a head tied to the embedding unties the two.
+        """
+        self._begin()
+        with _writing("the model", directory):
             save_hf_directory(
                 self._policy.model,
                 Path(directory),
                 model_dir=self._model_dir,
                 rank=self._ranks.rank,
                 dtype=self._compute_dtype,
+                changes=self._trained.weight_changes(),
             )
-        except WRITE_ERRORS as error:
-            raise CheckpointError(f"cannot write the model to {directory}: {_reason(error)}") from error
+        self._ranks.barrier()
+
+    def save_for_sampler(self, directory: Path) -> None:
+        """Write what an engine loads: a PEFT directory for an adapter, a Hugging Face directory for a whole policy."""
+        self._begin()
+        with _writing("weights for samplers", directory):
+            self._trained.save_for_sampler(Path(directory), self._compute_dtype)
         self._ranks.barrier()
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Leave the process group, for all learners on this policy."""
         self._ranks.close()
+
+    def _train(self, trained: Trained) -> None:
+        self._trained = trained
+        parameters = [parameter for _, parameter in trained.named_parameters()]
+        self._optimizer = torch.optim.AdamW(parameters, lr=0.0, fused=True)
+
+    def _begin(self, *, changes_weights: bool = False) -> None:
+        """Before every operation: another learner may have used the policy since, or removed what this one trains."""
+        self._trained.activate()
+        if changes_weights:
+            self._trained.check_trainable()
 
     def _agree_on_microbatches(
         self,
@@ -278,12 +330,24 @@ class Learner:
 
     def _accumulate(
         self, microbatch: MicroBatch, loss: TokenLoss, sum_weights: float, temperature: float
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Sums over the micro-batch, float64 scalars by name, and log-probabilities."""
         inputs_P = {name: self._to_device(values) for name, values in microbatch.inputs_P.items()}
         logprobs_P = self._logprobs(microbatch, temperature, inputs_P)
         loss_part = loss.token_losses(logprobs_P, inputs_P).sum() / sum_weights
         loss_part.backward()  # type: ignore[no-untyped-call]
-        return loss_part.detach().double(), logprobs_P.detach()
+        logprobs_P = logprobs_P.detach()
+        with torch.no_grad():
+            figures = loss.metric_sums(logprobs_P, inputs_P)
+        sums = {"loss": loss_part.detach().double(), "weights": inputs_P["weights"].double().sum(), **figures}
+        return sums, logprobs_P
+
+    def _totals(self, sums_per_microbatch: Sequence[Mapping[str, torch.Tensor]], **counts: float) -> dict[str, float]:
+        """Each sum over all micro-batches and ranks; one copy off the device, one collective."""
+        stacked = torch.stack([torch.stack(list(sums.values())) for sums in sums_per_microbatch])
+        names = [*sums_per_microbatch[0], *counts]
+        totals = self._ranks.sum([*stacked.sum(dim=0).tolist(), *counts.values()])
+        return dict(zip(names, totals, strict=True))
 
     def _logprobs(
         self, microbatch: MicroBatch, temperature: float, inputs_P: Mapping[str, torch.Tensor] | None = None
@@ -301,18 +365,15 @@ class Learner:
         return torch.from_numpy(array).to(self._device)
 
 
-def _pick_device(config: LearnerConfig, rank: int) -> torch.device:
-    if config.num_gpus == 0 or not torch.cuda.is_available():
-        return torch.device("cpu")
-    device = torch.device("cuda", rank % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
-
-
-def _pick_dtype(config: LearnerConfig, device: torch.device) -> torch.dtype:
-    if config.dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return _DTYPES[config.dtype]
+def _metrics(totals: Mapping[str, float], num_microbatches: int) -> dict[str, float]:
+    """What goes with the answer beside the loss: figures of the loss are means, weighted by `weights`."""
+    metrics = {
+        "num_microbatches": float(num_microbatches),
+        "padding_fraction": 1.0 - totals["num_tokens"] / totals["padded_tokens"],
+    }
+    if totals["weights"] != 0:
+        metrics |= {name: total / totals["weights"] for name, total in totals.items() if name not in _COUNTS}
+    return metrics
 
 
 def _to_data(
@@ -324,5 +385,10 @@ def _to_data(
     return scatter_logprobs(data, microbatches, np.split(flat, ends[:-1]))
 
 
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[-MAX_REASON:]
+@contextmanager
+def _writing(what: str, directory: Path) -> Iterator[None]:
+    try:
+        yield
+    except WRITE_ERRORS as error:
+        reason = " ".join(str(error).split())[-MAX_REASON:]
+        raise CheckpointError(f"cannot write {what} to {directory}: {reason}") from error

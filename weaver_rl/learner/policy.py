@@ -6,7 +6,8 @@ Dropout is off always (evaluation mode): the learner's log-probabilities must be
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
 from weaver_rl.errors import ModelError
-from weaver_rl.losses.chunked_head import LogitTransform, target_logprobs
+from weaver_rl.losses.chunked_head import LogitTransform, LowRank, target_logprobs
 
 _PROBE_TOKENS = 4
 _PROBE_LOGIT = 60.0
+_OF_ADAPTER = re.compile(r"\.lora_[AB]\.")
+"""In the names of parameters that PEFT adds to a model."""
 
 
 class Policy(nn.Module):
@@ -35,6 +38,8 @@ class Policy(nn.Module):
         self.model = model
         self._chunk_tokens = chunk_tokens
         self._transform = transform
+        self.head_change: LowRank | None = None
+        """What an adapter adds to the head, which is computed here and not by the head's own forward."""
         self.train(False)
 
     def forward(
@@ -51,6 +56,7 @@ class Policy(nn.Module):
             targets_P,
             transform=dataclasses.replace(self._transform, temperature=temperature),
             chunk_tokens=self._chunk_tokens,
+            low_rank=self.head_change,
         )
 
     @property
@@ -97,6 +103,14 @@ def decoder_of(model: Any) -> Any:
     """The part of a causal language model that makes hidden states."""
     decoder = model.get_decoder()
     return decoder if decoder is not model else model.base_model
+
+
+def own_parameters(model: Any, *, tied_twice: bool = False) -> Iterator[tuple[str, nn.Parameter]]:
+    """The model's own weights under their own names, whatever adapters are in it; tied ones under their first name,
+    or under each."""
+    for name, parameter in model.named_parameters(remove_duplicate=not tied_twice):
+        if not _OF_ADAPTER.search(name):
+            yield name.replace(".base_layer.", "."), parameter
 
 
 def load_model(model_dir: Path) -> tuple[Any, LogitTransform]:

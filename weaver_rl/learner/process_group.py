@@ -56,6 +56,24 @@ class Ranks:
         """Element-wise maximum over all ranks, in float64."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
+    def sum_tensors(self, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Each summed over all ranks, in one collective; of one dtype, on one device. Those given are left alone."""
+        if self.world_size == 1:
+            return list(tensors)
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        parts = torch.split(flat, [tensor.numel() for tensor in tensors])
+        return [part.view_as(tensor) for part, tensor in zip(parts, tensors, strict=True)]
+
+    def agree(self, refusal: Exception | None, other: Exception) -> None:
+        """Raise this rank's refusal, or `other` if only another rank refuses: a rank that raised alone would leave
+        the others hanging in their next collective."""
+        refused = self.max([float(refusal is not None)])[0]
+        if refusal is not None:
+            raise refusal
+        if refused:
+            raise other
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.sum([0.0])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,11 +66,13 @@ def local_rows(parameter: torch.Tensor, rank: int, world_size: int) -> slice:
 
 
 @torch.no_grad()
-def fill_parameters(module: nn.Module, ranks: Ranks, read: Callable[[str, slice], torch.Tensor]) -> None:
-    """Set every parameter to what `read(name, rows)` returns for the rows this rank holds."""
-    for name, parameter in module.named_parameters():
-        rows = read(name, local_rows(parameter, ranks.rank, ranks.world_size))
-        (parameter.to_local() if isinstance(parameter, DTensor) else parameter).copy_(rows)
+def fill_tensors(
+    named: Iterable[tuple[str, torch.Tensor]], ranks: Ranks, read: Callable[[str, slice], torch.Tensor]
+) -> None:
+    """Set every tensor to what `read(name, rows)` returns for the rows this rank holds."""
+    for name, tensor in named:
+        rows = read(name, local_rows(tensor, ranks.rank, ranks.world_size))
+        (tensor.to_local() if isinstance(tensor, DTensor) else tensor).copy_(rows)
 
 
 def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

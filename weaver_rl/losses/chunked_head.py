@@ -41,6 +41,20 @@ class LogitTransform:
 IDENTITY = LogitTransform()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LowRank:
+    """A head's change, scaling·up@down: added to its product in float32, where a half-precision weight would lose it.
+
+    So neither the changed weight (vocab, hidden) nor a gradient of that size ever exists.
+    """
+
+    down: torch.Tensor
+    """(rank, hidden), float32."""
+    up: torch.Tensor
+    """(vocab, rank), float32."""
+    scaling: float
+
+
 def target_logprobs(
     hidden: torch.Tensor,
     weight: torch.Tensor,
@@ -49,13 +63,18 @@ def target_logprobs(
     *,
     transform: LogitTransform = IDENTITY,
     chunk_tokens: int,
+    low_rank: LowRank | None = None,
 ) -> torch.Tensor:
     """log p(target) (num_tokens,) for hidden (num_tokens, hidden), weight (vocab, hidden), targets (num_tokens,).
 
-    float64 in, float64 out; anything else gives float32. Differentiable in hidden, weight and bias.
+    float64 in, float64 out; anything else gives float32. Differentiable in hidden, weight, bias and what `low_rank`,
+    a change of the weight, consists of.
     """
     apply: Callable[..., torch.Tensor] = _TargetLogprobs.apply
-    return apply(hidden, weight, bias, targets, transform, chunk_tokens)
+    if low_rank is None:
+        return apply(hidden, weight, bias, targets, transform, chunk_tokens, None, None)
+    narrow = (hidden.to(low_rank.down.dtype) @ low_rank.down.t()) * low_rank.scaling
+    return apply(hidden, weight, bias, targets, transform, chunk_tokens, narrow, low_rank.up)
 
 
 class _TargetLogprobs(torch.autograd.Function):
@@ -68,6 +87,8 @@ class _TargetLogprobs(torch.autograd.Function):
         targets: torch.Tensor,
         transform: LogitTransform,
         chunk_tokens: int,
+        narrow: torch.Tensor | None,
+        up: torch.Tensor | None,
     ) -> torch.Tensor:
         num_tokens = len(hidden)
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -76,7 +97,7 @@ class _TargetLogprobs(torch.autograd.Function):
         logits = torch.empty(0)
         for start in range(0, num_tokens, chunk_tokens):
             rows = slice(start, start + chunk_tokens)
-            logits = _logits(hidden[rows], weight, bias, transform)
+            logits = _logits(rows, hidden, weight, bias, narrow, up, transform)
             target_logits = logits.gather(1, targets[rows].unsqueeze(1)).squeeze(1)
             maxima = logits.amax(dim=1, keepdim=True)
             # From here the chunk holds exp(logits − max): a second chunk-sized buffer would double the peak.
@@ -85,14 +106,15 @@ class _TargetLogprobs(torch.autograd.Function):
             logprobs[rows] = target_logits - log_normalisers[rows]
         keep = any(ctx.needs_input_grad) and transform.softcap is None and num_tokens > 0
         ctx.last_chunk = (logits, torch.exp(maxima.squeeze(1) - log_normalisers[rows])) if keep else None
-        ctx.save_for_backward(hidden, weight, bias, targets, log_normalisers)
+        ctx.save_for_backward(hidden, weight, bias, targets, log_normalisers, narrow, up)
         ctx.transform, ctx.chunk_tokens = transform, chunk_tokens
         return logprobs
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor | None, ...]:
-        hidden, weight, bias, targets, log_normalisers = ctx.saved_tensors
+        hidden, weight, bias, targets, log_normalisers, narrow, up = ctx.saved_tensors
         gradients = _HeadGradients(hidden, weight, bias, ctx.needs_input_grad)
+        change = None if narrow is None else _LowRankGradients(narrow, up)
         starts = range(0, len(hidden), ctx.chunk_tokens)
         for start in reversed(starts):
             rows = slice(start, start + ctx.chunk_tokens)
@@ -103,23 +125,34 @@ class _TargetLogprobs(torch.autograd.Function):
                 slope: torch.Tensor | float = ctx.transform.derivative(exponentials)
                 grad_logits = exponentials.mul_((per_row * -grad_rows).unsqueeze(1))
             else:
-                logits = _logits(hidden[rows], weight, bias, ctx.transform)
+                logits = _logits(rows, hidden, weight, bias, narrow, up, ctx.transform)
                 slope = ctx.transform.derivative(logits)
                 grad_logits = logits.sub_(log_normalisers[rows].unsqueeze(1)).exp_().mul_(-grad_rows.unsqueeze(1))
             grad_logits.scatter_add_(1, targets[rows].unsqueeze(1), grad_rows.unsqueeze(1))
             if not (isinstance(slope, float) and slope == 1.0):
                 grad_logits.mul_(slope)
             gradients.add(rows, grad_logits)
-        return gradients.hidden, gradients.finished_weight(), gradients.bias, None, None, None
+            if change is not None:
+                change.add(rows, grad_logits)
+        of_change = (None, None) if change is None else (change.narrow, change.up)
+        return gradients.hidden, gradients.finished_weight(), gradients.bias, None, None, None, *of_change
 
 
 def _logits(
-    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, transform: LogitTransform
+    rows: slice,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    narrow: torch.Tensor | None,
+    up: torch.Tensor | None,
+    transform: LogitTransform,
 ) -> torch.Tensor:
     """One chunk's logits in float32 (float64 for float64)."""
-    product = _matmul_float(hidden, weight.t())
+    product = _matmul_float(hidden[rows], weight.t())
     if bias is not None:
         product.add_(bias)
+    if narrow is not None and up is not None:
+        product.addmm_(narrow[rows], up.t())
     return transform.apply_(product)
 
 
@@ -166,3 +199,16 @@ class _HeadGradients:
         if self._weight is None:
             return torch.zeros_like(self._weight_parameter)
         return self._weight.to(self._weight_parameter.dtype)
+
+
+class _LowRankGradients:
+    """Gradients of a low-rank change's two factors, filled chunk by chunk."""
+
+    def __init__(self, narrow: torch.Tensor, up: torch.Tensor) -> None:
+        self._narrow, self._up = narrow, up
+        self.narrow = torch.empty_like(narrow)
+        self.up = torch.zeros_like(up)
+
+    def add(self, rows: slice, grad_product: torch.Tensor) -> None:
+        torch.mm(grad_product, self._up, out=self.narrow[rows])
+        self.up.addmm_(grad_product.t(), self._narrow[rows])

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from weaver_rl.losses.contract import TokenLoss
-from weaver_rl.losses.reference import check_logits, check_targets, check_token_factors, normalise, target_logprobs
+from weaver_rl.losses.contract import AggregatedLoss
+from weaver_rl.losses.reference import loss_over_logits
 
 if TYPE_CHECKING:
     import torch
 
 
-class CrossEntropy(TokenLoss):
+class CrossEntropy(AggregatedLoss):
     """Supervised learning: make the targets more likely."""
 
     name: Literal["cross_entropy"]
@@ -25,10 +25,4 @@ class CrossEntropy(TokenLoss):
 
 def cross_entropy_loss(logits: torch.Tensor, target_tokens: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """−Σ w·log p(target) / Σ w, for logits (num_tokens, vocab), targets (num_tokens,) and weights (num_tokens,)."""
-    check_logits(logits)
-    check_targets(logits, target_tokens)
-    check_token_factors("weights", weights, len(logits))
-    inputs = {"weights": weights}
-    return normalise(
-        CrossEntropy(name="cross_entropy").token_losses(target_logprobs(logits, target_tokens), inputs), weights
-    )
+    return loss_over_logits(CrossEntropy(name="cross_entropy"), logits, target_tokens, {"weights": weights})

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from pydantic import Field
 
 from weaver_rl.errors import BatchError
-from weaver_rl.losses.contract import TokenLoss
-from weaver_rl.losses.reference import check_logits, check_targets, check_token_factors, normalise, target_logprobs
+from weaver_rl.losses.contract import AggregatedLoss
+from weaver_rl.losses.reference import loss_over_logits
 
 if TYPE_CHECKING:
     import torch
 
 
-class ImportanceSampling(TokenLoss):
+class ImportanceSampling(AggregatedLoss):
     """Policy gradient: each token's log-probability is pushed by its importance weight, a constant of the gradient."""
 
     required_inputs: ClassVar[tuple[str, ...]] = ("target_tokens", "weights", "importance_weights")
@@ -43,10 +43,6 @@ def importance_sampling_loss(
     """−Σ w·clamp(iw, −c, c)·log p(target) / Σ w with c = `clip_ratio`; no gradient flows through iw."""
     if clip_ratio is not None and not 0 < clip_ratio < float("inf"):
         raise BatchError(f"clip_ratio must be > 0 or None, seen {clip_ratio}")
-    check_logits(logits)
-    check_targets(logits, target_tokens)
-    check_token_factors("weights", weights, len(logits))
-    check_token_factors("importance_weights", importance_weights, len(logits))
     loss = ImportanceSampling(name="importance_sampling", clip_ratio=clip_ratio)
     inputs = {"weights": weights, "importance_weights": importance_weights}
-    return normalise(loss.token_losses(target_logprobs(logits, target_tokens), inputs), weights)
+    return loss_over_logits(loss, logits, target_tokens, inputs)

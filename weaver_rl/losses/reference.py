@@ -2,12 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from weaver_rl.errors import BatchError
 
 if TYPE_CHECKING:
     import torch
+
+    from weaver_rl.losses.contract import TokenLoss
+
+
+def loss_over_logits(
+    loss: TokenLoss, logits: torch.Tensor, target_tokens: torch.Tensor, inputs: Mapping[str, torch.Tensor]
+) -> torch.Tensor:
+    """The loss of one request, for logits (num_tokens, vocab), targets and other inputs (num_tokens,).
+
+    In the precision of the logits, float32 at least. A BatchError names what has a wrong shape, dtype or value.
+    """
+    check_logits(logits)
+    check_targets(logits, target_tokens)
+    for name, values in inputs.items():
+        check_token_factors(name, values, len(logits))
+    token_losses = loss.token_losses(target_logprobs(logits, target_tokens), inputs)
+    return normalise(token_losses, inputs["weights"]) if loss.normalised else token_losses.sum()
 
 
 def check_logits(logits: torch.Tensor) -> None:

@@ -1,0 +1,55 @@
+"""Results of a service that trains and samples nothing, made of the request so that tests can tell them apart."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from weaver_rl.service.calls import SampleCall, TrainingCall
+from weaver_rl.service.results import SampleResult, TrainingResult
+from weaver_rl.types import Completion, GroupSample, PromptLogprobs
+
+
+def training_result(call: TrainingCall) -> TrainingResult:
+    """Log-probabilities that tell targets apart: -target / 100."""
+    logprobs = [(-datum.loss_fn_inputs["target_tokens"] / 100).astype(np.float32) for datum in call.request.data]
+    return TrainingResult(
+        datum_ids=call.datum_ids,
+        logprobs_per_datum=tuple(logprobs),
+        metrics={"loss": 1.5, "tokens": float(sum(map(len, logprobs)))},
+        ignored=call.request.ignored,
+    )
+
+
+def prompt_logprobs(num_tokens: int, num_top: int = 0) -> PromptLogprobs:
+    logprobs = -np.arange(num_tokens, dtype=np.float32) / 4
+    logprobs[:1] = np.nan
+    top = tuple((rank, -0.25 - rank) for rank in range(num_top))
+    return PromptLogprobs(logprobs_P=logprobs, top_P=((), *(top for _ in range(num_tokens - 1))) if num_top else ())
+
+
+def sample_result(call: SampleCall) -> SampleResult:
+    """Completion g of a prompt is [g, seed], or [g, 0] without a seed."""
+    completions = tuple(
+        Completion(
+            token_ids_L=np.array([index, (call.seed or 0) % 1000], np.int32),
+            logprobs_L=np.array([-0.5, -0.25], np.float32),
+            versions_L=np.array([4, 4], np.int32),
+            stop_reason="stop",
+        )
+        for index in range(call.num_samples)
+    )
+    wanted = call.wants_prompt_logprobs or call.num_top_prompt_logprobs
+    group = GroupSample(
+        group_id="g",
+        completions_G=completions,
+        sampler="fake",
+        texts_G=tuple(f"text {index}" for index in range(call.num_samples)),
+        prompt_logprobs=prompt_logprobs(len(call.token_ids), call.num_top_prompt_logprobs) if wanted else None,
+    )
+    return SampleResult(
+        group=group,
+        num_prompt_tokens=len(call.token_ids),
+        wants_prompt_logprobs=call.wants_prompt_logprobs,
+        num_top_prompt_logprobs=call.num_top_prompt_logprobs,
+        weight_version=4,
+    )

@@ -1,0 +1,1 @@
+"""Weaver's wire protocol over HTTP. Operations, files and actors are others'."""

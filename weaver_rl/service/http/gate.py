@@ -1,0 +1,127 @@
+"""What every request passes before it reaches a route: its id, who sent it, how often. It reads no body."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import uuid
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from weaver_rl.errors import ServiceError
+from weaver_rl.service.config import HttpConfig, is_loopback
+from weaver_rl.service.http.auth import KEY_HEADER, ApiKeys
+from weaver_rl.service.http.errors import error_response
+from weaver_rl.service.http.limits import RequestRate
+
+DOWNLOADS = "/api/v1/downloads/"
+"""Where files are fetched, by signed address and without a key."""
+PUBLIC = ("/health", "/openapi.json")
+DRAIN_BYTES = 64 << 20
+DRAIN_S = 10.0
+"""How much of the body of a refused request is read, and for how long. A connection that is closed with a body on its
+way is reset, and clients see the reset in place of the answer."""
+
+logger = logging.getLogger(__name__)
+
+
+class Gate:
+    """ASGI middleware: refuses before the body is read, and turns what nobody foresaw into a 500."""
+
+    def __init__(self, app: ASGIApp, *, keys: ApiKeys, rate: RequestRate, http: HttpConfig) -> None:
+        self._app = app
+        self._keys = keys
+        self._rate = rate
+        public_host = urlsplit(http.public_url).hostname if http.public_url else None
+        self._local_hosts = {public_host} if public_host else set()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = _Exchange(scope, receive, send)
+        try:
+            self._admit(scope)
+            await self._app(scope, exchange.receive, exchange.send)
+        except ServiceError as error:
+            await error_response(error, exchange.request_id)(scope, exchange.receive, exchange.send)
+        except Exception:  # boundary: whatever a route did not foresee is logged and answered
+            logger.exception("request %s: %s %s failed", exchange.request_id, scope["method"], scope["path"])
+            if exchange.answered:
+                raise
+            failure = ServiceError(
+                "internal_error",
+                f"the server failed; its log has more under request {exchange.request_id}",
+                status=500,
+            )
+            await error_response(failure, exchange.request_id)(scope, exchange.receive, exchange.send)
+
+    def _admit(self, scope: Scope) -> None:
+        path = scope["path"]
+        headers = Headers(scope=scope)
+        if not self._keys:
+            self._check_host(headers.get("host", ""))
+        if path in PUBLIC or path.startswith(DOWNLOADS):
+            return
+        owner = self._keys.owner_of(headers.get(KEY_HEADER))
+        if owner is None:
+            raise ServiceError("unauthorized", f"the header {KEY_HEADER} has no key of this server", status=401)
+        self._rate.take(owner)
+        scope["state"]["owner"] = owner
+
+    def _check_host(self, host: str) -> None:
+        """A page in a browser of this machine can be given a name that leads here; it cannot choose this header."""
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            name = ""
+        if not is_loopback(name) and name not in self._local_hosts:
+            raise ServiceError(
+                "forbidden",
+                "this server has no API keys and answers only to localhost; configure keys to use other names",
+                status=403,
+            )
+
+
+class _Exchange:
+    """One request and its answer: adds the id, and reads what is left of the body of a request that is refused."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self.request_id = str(uuid.uuid4())
+        self.answered = False
+        scope.setdefault("state", {})["request_id"] = self.request_id
+        headers = Headers(scope=scope)
+        self._body_left = "content-length" in headers or "transfer-encoding" in headers
+        self._wants_permission = headers.get("expect", "").lower() == "100-continue"
+        self._begun = False
+        self._receive = receive
+        self._send = send
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        self._begun = True
+        self._body_left = message["type"] == "http.request" and message.get("more_body", False)
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            if message["status"] >= 400:
+                await self._drain()
+            self.answered = True
+            message.setdefault("headers", [])
+            MutableHeaders(scope=message)["X-Request-ID"] = self.request_id
+        await self._send(message)
+
+    async def _drain(self) -> None:
+        # A client that waits for "100 Continue" has sent no body, and reading would be the permission to.
+        if self._wants_permission and not self._begun:
+            return
+        left_bytes = DRAIN_BYTES
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(DRAIN_S):
+                while self._body_left and left_bytes > 0:
+                    message = await self.receive()
+                    left_bytes -= len(message.get("body", b""))

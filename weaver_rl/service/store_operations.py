@@ -1,0 +1,88 @@
+"""What is asked of the table of operations, inside a transaction of somebody else. Responses in it are packed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from sqlalchemy import Connection, and_, case, delete, exists, func, insert, or_, select, update
+from sqlalchemy.engine import Row
+
+from weaver_rl.service.records import Operation
+from weaver_rl.service.store_statements import raise_last_seq_id
+from weaver_rl.service.store_tables import models, names_of, operations, record_of, row_of, unpack
+
+_COLUMNS = tuple(operations.c[name] for name in names_of(Operation))
+_UNFINISHED = operations.c.status.in_(("pending", "running"))
+
+
+def _record(row: Row[*tuple[Any, ...]] | None) -> Operation | None:
+    if row is None:
+        return None
+    found = record_of(Operation, row)
+    return found if found.response is None else replace(found, response=unpack(found.response))
+
+
+def add(connection: Connection, operation: Operation) -> Operation:
+    """The given one, or the one that has its place already."""
+    if operation.model_id is not None and operation.seq_id is not None:
+        known = at(connection, operation.model_id, operation.seq_id)
+        if known is not None:
+            return known
+    connection.execute(insert(operations).values(row_of(operation)))
+    return operation
+
+
+def get(connection: Connection, owner: str, operation_id: str) -> Operation | None:
+    own = and_(operations.c.id == operation_id, operations.c.owner == owner)
+    return _record(connection.execute(select(*_COLUMNS).where(own)).first())
+
+
+def at(connection: Connection, model_id: str, seq_id: int) -> Operation | None:
+    place = and_(operations.c.model_id == model_id, operations.c.seq_id == seq_id)
+    return _record(connection.execute(select(*_COLUMNS).where(place)).first())
+
+
+def start(connection: Connection, operation_id: str) -> None:
+    pending = and_(operations.c.id == operation_id, operations.c.status == "pending")
+    connection.execute(update(operations).where(pending).values(status="running"))
+
+
+def finish(connection: Connection, ended: Operation, packed: bytes | None) -> bool:
+    """False: it had ended before, and stays as it was."""
+    unfinished = and_(operations.c.id == ended.id, _UNFINISHED)
+    values = {
+        "status": ended.status,
+        "response": packed,
+        "error_code": ended.error_code,
+        "error_message": ended.error_message,
+        "error_details": ended.error_details,
+        "retryable": ended.retryable,
+        "finished_at": ended.finished_at,
+    }
+    if connection.execute(update(operations).where(unfinished).values(**values)).rowcount == 0:
+        return False
+    if ended.model_id is not None and ended.seq_id is not None:
+        raise_last_seq_id(connection, ended.model_id, ended.seq_id)
+    return True
+
+
+def fail_unfinished(connection: Connection, code: str, message: str, now: float) -> int:
+    """Retryable is what needs no weights that went with the process: no model, or one that can be made again."""
+    of_models = select(operations.c.model_id, func.max(operations.c.seq_id)).where(
+        _UNFINISHED, operations.c.model_id.is_not(None), operations.c.seq_id.is_not(None)
+    )
+    for model_id, seq_id in connection.execute(of_models.group_by(operations.c.model_id)).all():
+        raise_last_seq_id(connection, model_id, seq_id)
+    can_be_made_again = exists().where(
+        models.c.id == operations.c.model_id, models.c.training_state == "fresh", models.c.status == "active"
+    )
+    retryable = case((or_(operations.c.model_id.is_(None), can_be_made_again), True), else_=False)
+    values = {"status": "error", "error_code": code, "error_message": message, "finished_at": now}
+    return connection.execute(update(operations).where(_UNFINISHED).values(**values, retryable=retryable)).rowcount
+
+
+def delete_finished_before(connection: Connection, before: float, limit: int) -> int:
+    """At most `limit` of them: one transaction must not hold up the others for long."""
+    oldest = select(operations.c.id).where(operations.c.finished_at < before).limit(limit)
+    return connection.execute(delete(operations).where(operations.c.id.in_(oldest))).rowcount

@@ -1,0 +1,63 @@
+"""Removes what has expired, now and then. What it has not come to yet is refused all the same by who is asked for it.
+
+- `run`  produces nothing; waits for the next time.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+
+from weaver_rl.errors import WeaverRLError
+from weaver_rl.service.config import ServeConfig
+from weaver_rl.service.state_files import StateFiles
+from weaver_rl.service.store import Store
+
+log = logging.getLogger(__name__)
+
+
+class Sweeper:
+    """Expired sessions, checkpoints, artifacts and results.
+
+    Args:
+        clock: seconds since the epoch.
+    """
+
+    def __init__(
+        self, config: ServeConfig, store: Store, files: StateFiles, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._config = config
+        self._store = store
+        self._files = files
+        self._clock = clock
+
+    async def run(self) -> None:
+        """For ever."""
+        while True:
+            await asyncio.sleep(self._config.retention.sweep_every_s)
+            try:
+                await self.sweep()
+            except (WeaverRLError, OSError) as error:
+                log.warning("what has expired could not be removed: %s", error)
+
+    async def sweep(self) -> None:
+        """Once."""
+        now = self._clock()
+        await self._store.delete_operations_finished_before(now - self._config.operations.keep_s)
+        await self._store.delete_idle_sampling_sessions(now - self._config.retention.sampling_session_idle_s)
+        await self._store.delete_expired()
+        # One that a newer export replaced lives on for the sessions that were created from it.
+        for checkpoint in await self._store.claim_unused_checkpoints():
+            await self._files.remove_checkpoint(checkpoint.id)
+        for artifact in await self._store.claim_unused_artifacts():
+            await self._files.remove_artifact(artifact.id)
+
+    async def start(self) -> None:
+        """When a server starts: also what a killed one left without a row."""
+        await self.sweep()
+        await self._files.sweep(
+            checkpoint_ids=await self._store.checkpoint_ids_with_files(),
+            artifact_ids=await self._store.artifact_ids_with_files(),
+        )
