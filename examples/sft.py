@@ -26,7 +26,7 @@ def sum_datum(tokenizer, first: int, second: int) -> Datum:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--base-model", default="weaver-rl/tiny")
-    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=60)
     options = parser.parse_args()
     chance = random.Random(0)
     with ServiceClient() as service:
@@ -36,10 +36,10 @@ def main() -> None:
             data = [sum_datum(tokenizer, chance.randrange(10), chance.randrange(10)) for _ in range(32)]
             # Both are sent at once: the server runs them in this order.
             backward = training.forward_backward(data, "cross_entropy", wait=False)
-            stepped = training.optim_step(AdamParams(learning_rate=5e-3), wait=False)
+            stepped = training.optim_step(AdamParams(learning_rate=2e-3), wait=False)
             loss = backward.result()["result"]["metrics"]["loss"]
             stepped.result()
-            if step % 5 == 0 or step == options.steps - 1:
+            if step % 10 == 0 or step == options.steps - 1:
                 print(f"step {step:3d}  loss {loss:.4f}", flush=True)
         sampling = training.save_weights_and_get_sampling_client()
         prompt = ModelInput.from_ints(tokenizer.encode("3 + 4 ="))

@@ -41,23 +41,25 @@ def paused_later(service: Any) -> Iterator[Any]:
     ray.get(service.resume.remote())
 
 
-def is_idle(sampler: Any) -> bool:
-    """Nothing is left in vLLM either."""
+def num_in_flight(sampler: Any) -> int:
+    """Completions and scores that vLLM has."""
 
-    def idle(sampler: Any) -> bool:
-        def look(engine: Any) -> bool:
-            scheduler = engine._engine.engine_core.engine_core.scheduler
-            return not (engine.has_work() or engine._engine.has_unfinished_requests() or scheduler.requests)
+    def count(sampler: Any) -> int:
+        def look(engine: Any) -> int:
+            num_known = engine._engine.get_num_unfinished_requests()
+            assert num_known == len(engine._engine.engine_core.engine_core.scheduler.requests)
+            assert bool(num_known) == engine.has_work()
+            return int(num_known)
 
-        return bool(sampler._loop.call(look).result(timeout=30))
+        return int(sampler._loop.call(look).result(timeout=30))
 
-    return bool(in_actor(sampler, idle))
+    return int(in_actor(sampler, count))
 
 
-def wait_until_idle(sampler: Any) -> None:
+def wait_for_in_flight(sampler: Any, num: int) -> None:
     deadline = time.monotonic() + 30
-    while not is_idle(sampler):
-        assert time.monotonic() < deadline, "something is still in the engine"
+    while num_in_flight(sampler) != num:
+        assert time.monotonic() < deadline, f"{num_in_flight(sampler)} are in flight, not {num}"
         time.sleep(0.01)
 
 
@@ -72,7 +74,7 @@ def test_abort_returns_what_there_is(paused_later: Any, adapters: dict[str, Adap
     wait_for_steps(paused_later, 8)
     ray.get(paused_later.pause.remote("abort"))
     cut: list[GroupSample] = ray.get(waiting, timeout=TIMEOUT_S)
-    assert is_idle(paused_later)
+    assert num_in_flight(paused_later) == 0
     completions = [completion for group in cut for completion in group.completions_G]
     assert len(completions) == 60
     assert {completion.stop_reason for completion in completions} <= {"abort", "stop"}
@@ -120,39 +122,31 @@ def test_what_is_not_aborted_is_answered_as_without_a_pause(
 # -- callers that go ---------------------------------------------------------------------------------------------------
 
 
-def test_a_cancelled_call_frees_the_engine(service: Any, adapters: dict[str, Adapter]) -> None:
-    staying = service.sample.remote(request("stays", 2), SamplingConfig(max_tokens=100))
-    going = [
-        service.sample.remote(request("goes", 8, adapter=adapters["all"]), LONG),
-        service.sample.remote(request("waits", 60), LONG),
-    ]
-    wait_for_steps(service, 3)
+def test_a_cancelled_call_frees_the_engine(paused_later: Any, adapters: dict[str, Adapter]) -> None:
+    asked = [request("stays", 2), request("goes", 8, adapter=adapters["all"]), request("waits", 60)]
+    staying, *going = [paused_later.sample.remote(each, LONG) for each in asked]
+    wait_for_in_flight(paused_later, 70)
+    ray.get(paused_later.pause.remote("in_place"))
+    going.append(paused_later.prompt_logprobs.remote(PROMPT))
+    wait_for_in_flight(paused_later, 71)
     for reference in going:
         ray.cancel(reference)
+    wait_for_in_flight(paused_later, 2)
     for reference in going:
         with pytest.raises((ray.exceptions.TaskCancelledError, ray.exceptions.RayTaskError)):
             ray.get(reference, timeout=TIMEOUT_S)
+    ray.get(paused_later.resume.remote())
     assert len(ray.get(staying, timeout=TIMEOUT_S).completions_G) == 2
-    wait_until_idle(service)
 
 
-def test_a_cancelled_score_is_dropped(paused_later: Any) -> None:
+def test_a_group_can_be_ended_by_name(paused_later: Any) -> None:
     ray.get(paused_later.pause.remote("in_place"))
-    score = paused_later.prompt_logprobs.remote(PROMPT)
-    deadline = time.monotonic() + 30
-    while is_idle(paused_later):
-        assert time.monotonic() < deadline
-    ray.cancel(score)
-    wait_until_idle(paused_later)
-
-
-def test_a_group_can_be_ended_by_name(service: Any) -> None:
-    unwanted = service.sample.remote(request("unwanted", 8), LONG)
-    wait_for_steps(service, 3)
-    ray.get(service.abort.remote("unwanted"))
+    unwanted = paused_later.sample.remote(request("unwanted", 8), LONG)
+    wait_for_in_flight(paused_later, 8)
+    ray.get(paused_later.abort.remote("unwanted"))
     with pytest.raises(EngineError, match="group unwanted was aborted"):
         ray.get(unwanted, timeout=TIMEOUT_S)
-    wait_until_idle(service)
+    assert num_in_flight(paused_later) == 0
 
 
 # -- whole weights -----------------------------------------------------------------------------------------------------
@@ -247,6 +241,6 @@ def test_a_stream_of_groups_can_be_cut_short_too(own_weights: dict[str, Any]) ->
         await own_weights["tied"].pause.remote("abort")
         return [group async for reference in stream for group in await reference]
 
-    groups = asyncio.run(run())
+    groups = asyncio.run(asyncio.wait_for(run(), TIMEOUT_S))
     assert len(groups) == 3
     assert "abort" in {completion.stop_reason for group in groups for completion in group.completions_G}

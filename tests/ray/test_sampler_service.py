@@ -188,17 +188,20 @@ def test_a_rank_above_the_limit_and_an_engine_without_adapters_are_told(
 def test_files_of_an_adapter_may_go_while_it_is_in_use(
     service: Any, adapters: dict[str, Adapter], reference: Reference, tmp_path: Path
 ) -> None:
-    """vLLM would read it again, inside a step, once others have taken its place."""
-    mine = Adapter(name="mine", directory=shutil.copytree(adapters["d"].directory, tmp_path / "mine"))
-    others = [each for name, each in adapters.items() if name != "d"]
+    """Also while it waits for a place and others are loaded: vLLM would let go of it, and read it again in a step."""
     long = SamplingConfig(max_tokens=200, temperature=0.3)
-    waiting = service.sample.remote(request("mine", 4, adapter=mine), long)
+    running = [adapters[name] for name in ("all", "attention", "head")]
+    assert len(running) == LIMITS.max_loras
+    asked = [request(f"running-{each.name}", 4, adapter=each) for each in running]
+    asked.append(request("mine", 4, adapter=Adapter(name="mine", directory=tmp_path / "mine")))
+    asked.append(request("later", 4, adapter=adapters["e"]))
+    shutil.copytree(adapters["d"].directory, tmp_path / "mine")
+    answers = [service.sample.remote(each, long) for each in asked]
     wait_for_steps(service, 3)
-    shutil.rmtree(mine.directory)
-    asked = [request(f"other-{i}-{each.name}", adapter=each) for i in range(5) for each in others]
-    sample_all(service, asked, SAMPLING)
-    for completion in ray.get(waiting).completions_G:
-        assert reference.gap(completion, adapters["d"], long.temperature) < TOLERANCE
+    shutil.rmtree(tmp_path / "mine")
+    for kind, answer in zip([*running, adapters["d"], adapters["e"]], answers, strict=True):
+        for completion in ray.get(answer, timeout=TIMEOUT_S).completions_G:
+            assert reference.gap(completion, kind, long.temperature) < TOLERANCE
 
 
 # -- what ends a completion --------------------------------------------------------------------------------------------

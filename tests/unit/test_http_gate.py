@@ -6,10 +6,11 @@ import asyncio
 import hmac
 import logging
 import re
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 from http_client import a_model, refusal
 from http_fakes import FakeService
@@ -236,25 +237,45 @@ async def _stalled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_body_that_stalls_is_given_up(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("weaver_rl.service.http.gate.DRAIN_S", 0.1)
     asyncio.run(_stalled(monkeypatch))
 
 
 def test_a_refused_request_with_a_large_body_gets_its_answer_not_a_reset():
-    body = b" " * (20 << 20)
-    with (
-        served(face(FakeService(), keys=KEYS, http=HttpConfig(port=0, max_body_mb=8))) as url,
-        httpx.Client() as client,
-    ):
+    """A client that writes all before it reads, as plain ones do, must not find the connection closed meanwhile."""
+    size = 20 << 20
+    with served(face(FakeService(), keys=KEYS, http=HttpConfig(port=0, max_body_mb=8))) as url:
+        port = int(url.rpartition(":")[2])
         for key, path, status in (
             ("sk-eve", "/api/v1/models/none/forward-passes", 401),
             ("sk-alice", "/api/v1/models/none/forward-passes", 404),
             ("sk-alice", "/api/v1/nothing", 404),
             ("sk-alice", "/api/v1/sessions", 413),
         ):
-            response = client.post(url + path, content=body, headers={"X-WEAVER-API-KEY": key})
-            assert response.status_code == status
-            assert response.json()["error"]
+            with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+                head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nX-WEAVER-API-KEY: {key}\r\n"
+                connection.sendall(f"{head}Content-Length: {size}\r\n\r\n".encode())
+                for _ in range(20):
+                    connection.sendall(bytes(size // 20))
+                    time.sleep(0.002)
+                assert connection.recv(100).startswith(f"HTTP/1.1 {status}".encode())
+
+
+def test_a_body_that_says_that_it_is_too_large_is_not_waited_for():
+    with served(face(FakeService())) as url:
+        port = int(url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            head = "POST /api/v1/sessions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: {10**12}\r\n\r\n".encode())
+            assert connection.recv(100).startswith(b"HTTP/1.1 413")
+
+
+def test_a_client_that_asks_before_it_sends_is_not_told_to_send():
+    with served(face(FakeService(), keys=KEYS)) as url:
+        port = int(url.rpartition(":")[2])
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+            head = "POST /api/v1/sessions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 5000000\r\n"
+            connection.sendall(f"{head}Expect: 100-continue\r\n\r\n".encode())
+            assert connection.recv(100).startswith(b"HTTP/1.1 401")
 
 
 # -- refusals --------------------------------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +17,6 @@ from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from schemathesis.specs.openapi.checks import (
     content_type_conformance,
-    ignored_auth,
     negative_data_rejection,
     response_schema_conformance,
     status_code_conformance,
@@ -35,9 +33,29 @@ TIMEOUT_S = 20.0
 NOT_SERVED = "not served"
 
 DESCRIPTION = face(FakeService(), keys=KEYS).openapi()
-OPERATIONS = [
-    (method.upper(), path) for path, methods in DESCRIPTION["paths"].items() for method in methods
+OPERATIONS = [(method.upper(), path) for path, methods in DESCRIPTION["paths"].items() for method in methods]
+
+
+def described(method: str, path: str) -> dict[str, Any]:
+    found: dict[str, Any] = DESCRIPTION["paths"][path][method.lower()]
+    return found
+
+
+def can_be_wrong(method: str, path: str, *, in_path: bool) -> bool:
+    """Whether there is a request that the description forbids; `in_path`: ids count."""
+    parameters = described(method, path).get("parameters", ())
+    places = ("query", "path") if in_path else ("query",)
+    constrained = [each for each in parameters if each["in"] in places and each["schema"] != {"type": "string"}]
+    return "requestBody" in described(method, path) or bool(constrained)
+
+
+PROBES = [
+    (method, path, mode)
+    for method, path in OPERATIONS
+    for mode in GenerationMode
+    if mode is GenerationMode.POSITIVE or can_be_wrong(method, path, in_path=True)
 ]
+
 
 @pytest.fixture(scope="module")
 def served_face() -> Iterator[tuple[str, dict[str, str]]]:
@@ -63,32 +81,18 @@ def served_face() -> Iterator[tuple[str, dict[str, str]]]:
         yield url, asyncio.run(prepared(url))
 
 
-def _has_more_than_ids(described: dict[str, Any]) -> bool:
-    """Whether a request can be wrong elsewhere than in its path."""
-    return "requestBody" in described or any(each["in"] == "query" for each in described.get("parameters", ()))
-
-
-@pytest.mark.parametrize("mode", list(GenerationMode), ids=lambda mode: mode.value)
-@pytest.mark.parametrize(("method", "path"), OPERATIONS, ids=lambda value: value)
+@pytest.mark.parametrize(("method", "path", "mode"), PROBES, ids=lambda value: getattr(value, "value", value))
 def test_no_request_is_too_strange(
     served_face: tuple[str, dict[str, str]], method: str, path: str, mode: GenerationMode
 ):
     url, ids = served_face
     operation = schemathesis.openapi.from_dict(DESCRIPTION)[path][method]
-    described = DESCRIPTION["paths"][path][method.lower()]
     known: dict[str, Any] | None = {name: value for name, value in ids.items() if f"{{{name}}}" in path} or None
-    if mode is GenerationMode.NEGATIVE and not _has_more_than_ids(described):
+    if mode is GenerationMode.NEGATIVE and not can_be_wrong(method, path, in_path=False):
         known = None
-    checks = [
-        status_code_conformance,
-        content_type_conformance,
-        response_schema_conformance,
-        negative_data_rejection,
-    ]
-    if NOT_SERVED not in described["tags"]:
-        checks.append(not_a_server_error)
-    else:
-        checks.remove(negative_data_rejection)
+    checks = [status_code_conformance, content_type_conformance, response_schema_conformance]
+    if NOT_SERVED not in described(method, path)["tags"]:
+        checks += [not_a_server_error, negative_data_rejection]
 
     @settings(
         max_examples=MAX_EXAMPLES,
@@ -102,3 +106,66 @@ def test_no_request_is_too_strange(
         case.call_and_validate(base_url=url, headers=HEADERS, checks=checks, timeout=TIMEOUT_S)
 
     probe()
+
+
+async def _without_key() -> None:
+    async with calling(face(FakeService(), keys=KEYS)) as client:
+        for method, path in OPERATIONS:
+            response = await client.request(method, path.replace("{", "").replace("}", ""))
+            if described(method, path).get("security"):
+                assert response.status_code == 401, (method, path)
+            else:
+                assert path in ("/health", "/api/v1/downloads/{artifact_id}/{name}"), (method, path)
+
+
+def test_the_description_says_truly_where_a_key_is_needed():
+    asyncio.run(_without_key())
+    assert "security" not in face(FakeService()).openapi()["paths"]["/api/v1/models"]["get"]
+
+
+CORE = """
+POST /sessions
+GET /sessions/{session_id}
+POST /sessions/{session_id}/heartbeat
+POST /sessions/{session_id}/metrics
+GET /scheduling/options
+POST /sessions/{session_id}/models
+POST /models/{model_id}/terminate
+GET /models/{model_id}
+GET /models
+GET /supported-models
+GET /model-catalog
+GET /training-runs
+GET /training-runs/{model_id}
+POST /models/{model_id}/forward-passes
+POST /models/{model_id}/forward-backward-passes
+POST /models/{model_id}/optimizer-steps
+POST /models/{model_id}/export-sampler
+POST /models/{model_id}/checkpoints
+GET /models/{model_id}/checkpoints
+POST /models/{model_id}/load
+PATCH /models/{model_id}/checkpoints/ttl
+POST /models/{model_id}/export-hf
+GET /operations/{operation_id}
+GET /operations/{operation_id}/tensor-pack
+POST /sessions/{session_id}/sampling-sessions
+DELETE /sampling-sessions/{sampling_session_id}
+GET /sampling-sessions/{sampling_session_id}
+POST /sampling-sessions/{sampling_session_id}/samples
+POST /sampling-sessions/{sampling_session_id}/logprobs
+POST /sampling-sessions/{sampling_session_id}/pause-generation
+POST /sampling-sessions/{sampling_session_id}/continue-generation
+POST /checkpoints/{checkpoint_id}/export
+GET /checkpoints/{checkpoint_id}/artifacts
+GET /artifacts/{artifact_id}/download
+GET /organizations
+GET /organizations/{organization_id}/projects
+GET /scope/resolve
+GET /loss-functions
+"""
+
+
+def test_every_endpoint_of_the_protocol_is_there():
+    wanted = {tuple(line.split(" ")) for line in CORE.split("\n") if line}
+    served_here = {(method, path.removeprefix("/api/v1")) for method, path in OPERATIONS}
+    assert wanted - served_here == set()

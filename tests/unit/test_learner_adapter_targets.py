@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -21,6 +22,7 @@ from adapter_fixtures import (
     train,
 )
 from learner_fixtures import VOCAB, cpu_config, make_data, make_llama
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BloomConfig,
@@ -35,6 +37,7 @@ from transformers import (
 
 from weaver_rl.errors import ConfigError
 from weaver_rl.learner.adapter_config import AdapterConfig
+from weaver_rl.learner.adapter_targets import find_targets
 from weaver_rl.learner.learner import Learner
 
 pytestmark = pytest.mark.unit
@@ -42,7 +45,7 @@ SIZES = {
     "vocab_size": VOCAB,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 3,
     "num_attention_heads": 2,
     "num_key_value_heads": 1,
     "max_position_embeddings": 64,
@@ -136,6 +139,34 @@ def test_routers_of_experts_are_left_alone_and_stacked_experts_are_refused(tmp_p
         expected = plain_logprobs(plain_peft(tmp_path, tmp_path / "peft"), data).numpy()
     np.testing.assert_allclose(logprobs(learner, data), expected, rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(logprobs(Learner(tmp_path / "hf", cpu_config()), data), expected, rtol=1e-4, atol=1e-4)
+
+
+class Experts(nn.Module):
+    """Half of a model whose experts are layers of their own, as older ones are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.ModuleDict(
+            {
+                "gate": nn.Linear(8, 2),
+                "router": nn.Linear(8, 2),
+                "shared_expert_gate": nn.Linear(8, 1),
+                "experts": nn.ModuleList(nn.ModuleDict({"gate_proj": nn.Linear(8, 8)}) for _ in range(2)),
+            }
+        )
+        self.lm_head = nn.Linear(8, VOCAB)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+
+def test_routers_beside_experts_that_are_layers_are_left_alone():
+    model = Experts()
+    targets = find_targets(SimpleNamespace(model=model, layers=lambda: [model]))
+    assert targets.select(AdapterConfig(rank=1, train_attn=False, train_unembed=False)) == (
+        "mlp.experts.0.gate_proj",
+        "mlp.experts.1.gate_proj",
+    )
 
 
 def test_a_shared_expert_that_is_half_of_the_mlp_is_no_mlp(tmp_path):

@@ -555,8 +555,11 @@ def test_touches_are_written_with_the_next_commit_and_never_backwards(url: str):
             assert await store.session(OWNER, rows.session.id) == replace(rows.session, last_seen_at=500.0)
             await store.touch_session(rows.session.id, 200.0)
             await store.touch_session(new_id(), 200.0)
-        async with Store.opened(url) as store:
+            await store.update_model(rows.model.id, updated_at=NOW)
             assert await store.session(OWNER, rows.session.id) == replace(rows.session, last_seen_at=500.0)
+            await store.touch_session(rows.session.id, 600.0)
+        async with Store.opened(url) as store:
+            assert await store.session(OWNER, rows.session.id) == replace(rows.session, last_seen_at=600.0)
 
     asyncio.run(scenario())
 

@@ -1,10 +1,12 @@
-"""The store when many write, when it is killed, when the database fails, and when it is not the one that is expected."""
+"""The store when many write, when it is killed, when the database fails, and when it is not the expected one."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
@@ -179,6 +181,9 @@ def test_sigkill_loses_nothing_that_was_acknowledged(url: str):
     asyncio.run(scenario())
 
 
+SECOND = "import sys; from weaver_rl.service.store_database import *; open_database(sys.argv[1])"
+
+
 def test_a_second_server_is_refused_until_the_first_is_gone(url: str, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("weaver_rl.service.store_database.LOCK_PATIENCE_S", 0.2)
 
@@ -187,12 +192,7 @@ def test_a_second_server_is_refused_until_the_first_is_gone(url: str, monkeypatc
             with pytest.raises(ConfigError, match="in use by"):
                 await Store.open(url)
             second = subprocess.run(
-                [
-                    sys.executable,
-                    "-c",
-                    "import sys; from weaver_rl.service.store_database import *; open_database(sys.argv[1])",
-                    url,
-                ],
+                [sys.executable, "-c", SECOND, url],
                 cwd=ROOT,
                 capture_output=True,
                 text=True,
@@ -312,12 +312,14 @@ def test_sqlite_is_as_durable_as_it_says(tmp_path: Path):
             name: connection.exec_driver_sql(f"PRAGMA {name}").scalar_one()
             for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
         }
-        in_transaction = connection.connection.dbapi_connection.in_transaction
+        # From its first statement on nobody else writes, not even a person with a shell.
+        other = sqlite3.connect(tmp_path / "new" / "weaver.sqlite", timeout=0, isolation_level=None)
+        with contextlib.closing(other), pytest.raises(sqlite3.OperationalError, match="locked"):
+            other.execute("BEGIN IMMEDIATE")
     with database.reader.begin() as connection, pytest.raises(Exception, match="readonly"):
         connection.execute(update(tables.models).values(status="terminated"))
     database.close()
     assert settings == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 30_000}
-    assert in_transaction
 
 
 def test_another_version_is_refused(url: str):

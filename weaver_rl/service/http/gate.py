@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import uuid
 from urllib.parse import urlsplit
@@ -20,10 +18,6 @@ from weaver_rl.service.http.limits import RequestRate
 DOWNLOADS = "/api/v1/downloads/"
 """Where files are fetched, by signed address and without a key."""
 PUBLIC = ("/health", "/openapi.json")
-DRAIN_BYTES = 64 << 20
-DRAIN_S = 10.0
-"""How much of the body of a refused request is read, and for how long. A connection that is closed with a body on its
-way is reset, and clients see the reset in place of the answer."""
 
 logger = logging.getLogger(__name__)
 
@@ -42,12 +36,12 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(scope, receive, send)
+        exchange = _Exchange(scope, send)
         try:
             self._admit(scope)
-            await self._app(scope, exchange.receive, exchange.send)
+            await self._app(scope, receive, exchange.send)
         except ServiceError as error:
-            await error_response(error, exchange.request_id)(scope, exchange.receive, exchange.send)
+            await error_response(error, exchange.request_id)(scope, receive, exchange.send)
         except Exception:  # boundary: whatever a route did not foresee is logged and answered
             logger.exception("request %s: %s %s failed", exchange.request_id, scope["method"], scope["path"])
             if exchange.answered:
@@ -57,7 +51,7 @@ class Gate:
                 f"the server failed; its log has more under request {exchange.request_id}",
                 status=500,
             )
-            await error_response(failure, exchange.request_id)(scope, exchange.receive, exchange.send)
+            await error_response(failure, exchange.request_id)(scope, receive, exchange.send)
 
     def _admit(self, scope: Scope) -> None:
         path = scope["path"]
@@ -87,41 +81,17 @@ class Gate:
 
 
 class _Exchange:
-    """One request and its answer: adds the id, and reads what is left of the body of a request that is refused."""
+    """One request and its answer, which carries the request's id."""
 
-    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(self, scope: Scope, send: Send) -> None:
         self.request_id = str(uuid.uuid4())
         self.answered = False
         scope.setdefault("state", {})["request_id"] = self.request_id
-        headers = Headers(scope=scope)
-        self._body_left = "content-length" in headers or "transfer-encoding" in headers
-        self._wants_permission = headers.get("expect", "").lower() == "100-continue"
-        self._begun = False
-        self._receive = receive
         self._send = send
-
-    async def receive(self) -> Message:
-        message = await self._receive()
-        self._begun = True
-        self._body_left = message["type"] == "http.request" and message.get("more_body", False)
-        return message
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            if message["status"] >= 400:
-                await self._drain()
             self.answered = True
             message.setdefault("headers", [])
             MutableHeaders(scope=message)["X-Request-ID"] = self.request_id
         await self._send(message)
-
-    async def _drain(self) -> None:
-        # A client that waits for "100 Continue" has sent no body, and reading would be the permission to.
-        if self._wants_permission and not self._begun:
-            return
-        left_bytes = DRAIN_BYTES
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(DRAIN_S):
-                while self._body_left and left_bytes > 0:
-                    message = await self.receive()
-                    left_bytes -= len(message.get("body", b""))
