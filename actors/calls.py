@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
 
-from weaver_rl.errors import ActorFailedError, OtherRankError, WeaverRLError
+from weaver_rl.errors import ActorFailedError, CallFailedError, OtherRankError, WeaverRLError
 from weaver_rl.waits import Names, current_waits
 
 T = TypeVar("T")
@@ -76,7 +76,8 @@ def explained(error: Exception, actor: str, doing: str, seconds: float) -> Excep
     if not isinstance(error, RayTaskError):  # died, was killed for memory, lost its placement: each has its own class
         return ActorFailedError(f"{actor} died after {seconds:.1f} s of {doing}: {_first_line(error)}")
     what = f"{type(cause).__name__}: {cause}" if cause is not None else str(error)
-    return ActorFailedError(f"{actor} failed while {doing}: {what}")
+    notes = "".join(f" ({note})" for note in getattr(cause, "__notes__", ()))
+    return CallFailedError(f"{actor} failed while {doing}: {what}{notes}")
 
 
 def _first_line(error: Exception) -> str:

@@ -19,7 +19,7 @@ from actors.calls import answer, first_error, together
 from actors.identity import Identity, this_process
 from actors.object_store import Chunk, publish
 from actors.transfer_client import SamplerClient
-from weaver_rl.errors import ActorFailedError, ConfigError, LearnerLostError
+from weaver_rl.errors import ActorFailedError, CallFailedError, ConfigError, LearnerLostError
 from weaver_rl.learner.adapter_config import AdapterConfig
 from weaver_rl.learner.config import LearnerConfig
 from weaver_rl.learner.microbatches import Positions, Shard, shard_data, unshard
@@ -206,6 +206,8 @@ class RayLearnerGroup:
         ranks: handles of `LearnerRank`, by rank, all started.
         timeout_s: how long one operation may take, from its turn on.
         start_anew: ends the ranks and gives new ones, started.
+        outlives_failed_calls: a rank that is alone goes on after a call that failed in it (out of memory, say), which
+            is CallFailedError then; ranks that may be out of step with each other are lost by that.
     """
 
     def __init__(
@@ -213,10 +215,13 @@ class RayLearnerGroup:
         ranks: Sequence[Any],
         timeout_s: float,
         start_anew: Callable[[], Awaitable[Sequence[Any]]] | None = None,
+        *,
+        outlives_failed_calls: bool = False,
     ) -> None:
         self._ranks = list(ranks)
         self._timeout_s = timeout_s
         self._start_anew = start_anew
+        self._outlives_failed_calls = outlives_failed_calls
         self._adapter: str | None = None
         self._turn = asyncio.Lock()
 
@@ -233,7 +238,7 @@ class RayLearnerGroup:
 
         Adapters do not survive `restart`, and neither do views: one from before stays with the ranks that ended.
         """
-        view = RayLearnerGroup(self._ranks, self._timeout_s)
+        view = RayLearnerGroup(self._ranks, self._timeout_s, outlives_failed_calls=self._outlives_failed_calls)
         view._adapter, view._turn = name, self._turn
         return view
 
@@ -334,4 +339,7 @@ class RayLearnerGroup:
                     for rank, (handle, part) in enumerate(zip(self._ranks, parts, strict=True))
                 )
             except ActorFailedError as error:
+                alone = self._outlives_failed_calls and len(self._ranks) == 1
+                if alone and isinstance(error, CallFailedError):
+                    raise
                 raise LearnerLostError(str(error)) from error

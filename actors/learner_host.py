@@ -105,7 +105,7 @@ class LearnerHost:
             if isinstance(cause, ActorFailedError):
                 raise LearnerLostError(str(cause)) from error
             raise cause from error
-        return RayLearnerGroup(self._actors.learner_ranks, config.timeout_s)
+        return RayLearnerGroup(self._actors.learner_ranks, config.timeout_s, outlives_failed_calls=True)
 
     async def _end(self) -> None:
         await self._actors.kill_learner()

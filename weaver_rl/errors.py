@@ -67,6 +67,10 @@ class ActorFailedError(WeaverRLError, RuntimeError):
     """An actor died or missed its deadline; names the actor, what it was doing and for how long."""
 
 
+class CallFailedError(ActorFailedError):
+    """A call of an actor ended with an error that is none of ours; the actor lives. Carries the reason."""
+
+
 class LearnerLostError(ActorFailedError):
     """A learner rank died or missed its deadline: the whole group must be started anew."""
 
@@ -109,7 +113,5 @@ class ServiceError(UserError, RuntimeError):
         return _service_error, (self.code, self.message, self.status, self.retryable, self.details)
 
 
-def _service_error(
-    code: str, message: str, status: int, retryable: bool, details: dict[str, object]
-) -> ServiceError:
+def _service_error(code: str, message: str, status: int, retryable: bool, details: dict[str, object]) -> ServiceError:
     return ServiceError(code, message, status=status, retryable=retryable, details=details)

@@ -81,9 +81,7 @@ def plan_placement(
     sampler_gpus = (float(sampler.tensor_parallel) if on_gpu else 0.0) if sampler.num_gpus is None else sampler.num_gpus
     one_each = (sampler.num_replicas, learner.num_ranks, sampler.tensor_parallel) == (1, 1, 1)
     one_gpu = 0 < cluster_gpus < 2 and learner.num_gpus is None and sampler.num_gpus is None
-    if cluster.placement == "colocated" or (
-        cluster.placement == "auto" and may_colocate and one_each and one_gpu
-    ):
+    if cluster.placement == "colocated" or (cluster.placement == "auto" and may_colocate and one_each and one_gpu):
         return _colocated(learner, sampler, learner_gpus)
     learner_bundle = _bundle(learner.num_cpus, learner_gpus)
     sampler_bundle = _bundle(sampler.num_cpus, sampler_gpus)

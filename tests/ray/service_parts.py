@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import ray
-from sampler_parts import BLOCK, MAX_MODEL_LEN, START_TIMEOUT_S, TIMEOUT_S, VOCAB, random_tokens
+from sampler_parts import BLOCK, MAX_MODEL_LEN, START_TIMEOUT_S, TIMEOUT_S, VOCAB, in_actor, random_tokens
 
 from actors.sampler import SamplerSpec
 from weaver_rl.engines.config import LoraLimits
@@ -144,6 +144,28 @@ def wait_for_steps(sampler: Any, num_steps: int) -> None:
         if begun is not None and heartbeat.num_steps >= begun + num_steps:
             return
     raise AssertionError(f"the engine did not make {num_steps} steps")
+
+
+def num_in_flight(sampler: Any) -> int:
+    """Completions and scores that vLLM has."""
+
+    def count(sampler: Any) -> int:
+        def look(engine: Any) -> int:
+            num_known = engine._engine.get_num_unfinished_requests()
+            assert num_known == len(engine._engine.engine_core.engine_core.scheduler.requests)
+            assert bool(num_known) == engine.has_work()
+            return int(num_known)
+
+        return int(sampler._loop.call(look).result(timeout=30))
+
+    return int(in_actor(sampler, count))
+
+
+def wait_for_in_flight(sampler: Any, num: int) -> None:
+    deadline = time.monotonic() + 30
+    while num_in_flight(sampler) != num:
+        assert time.monotonic() < deadline, f"{num_in_flight(sampler)} are in flight, not {num}"
+        time.sleep(0.01)
 
 
 def tokens(group: GroupSample) -> list[list[int]]:

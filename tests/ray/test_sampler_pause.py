@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -12,15 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 import ray
-from sampler_parts import TIMEOUT_S, in_actor, make_model, random_tokens
+from sampler_parts import TIMEOUT_S, make_model, random_tokens
 from service_parts import (
     MAX_SEQUENCES,
     PROMPT,
     Reference,
+    num_in_flight,
     request,
     sample_all,
     text_of,
     tokens,
+    wait_for_in_flight,
     wait_for_steps,
 )
 
@@ -39,28 +40,6 @@ LONG = SamplingConfig(max_tokens=200)
 def paused_later(service: Any) -> Iterator[Any]:
     yield service
     ray.get(service.resume.remote())
-
-
-def num_in_flight(sampler: Any) -> int:
-    """Completions and scores that vLLM has."""
-
-    def count(sampler: Any) -> int:
-        def look(engine: Any) -> int:
-            num_known = engine._engine.get_num_unfinished_requests()
-            assert num_known == len(engine._engine.engine_core.engine_core.scheduler.requests)
-            assert bool(num_known) == engine.has_work()
-            return int(num_known)
-
-        return int(sampler._loop.call(look).result(timeout=30))
-
-    return int(in_actor(sampler, count))
-
-
-def wait_for_in_flight(sampler: Any, num: int) -> None:
-    deadline = time.monotonic() + 30
-    while num_in_flight(sampler) != num:
-        assert time.monotonic() < deadline, f"{num_in_flight(sampler)} are in flight, not {num}"
-        time.sleep(0.01)
 
 
 # -- pausing -----------------------------------------------------------------------------------------------------------
@@ -125,10 +104,12 @@ def test_what_is_not_aborted_is_answered_as_without_a_pause(
 def test_a_cancelled_call_frees_the_engine(paused_later: Any, adapters: dict[str, Adapter]) -> None:
     asked = [request("stays", 2), request("goes", 8, adapter=adapters["all"]), request("waits", 60)]
     staying, *going = [paused_later.sample.remote(each, LONG) for each in asked]
-    wait_for_in_flight(paused_later, 70)
+    wait_for_steps(paused_later, 3)
     ray.get(paused_later.pause.remote("in_place"))
+    num_before = num_in_flight(paused_later)
     going.append(paused_later.prompt_logprobs.remote(PROMPT))
-    wait_for_in_flight(paused_later, 71)
+    wait_for_in_flight(paused_later, num_before + 1)
+    assert num_before > 30
     for reference in going:
         ray.cancel(reference)
     wait_for_in_flight(paused_later, 2)

@@ -23,7 +23,7 @@ from service_parts import (
     sample_all,
     text_of,
     tokens,
-    wait_for_steps,
+    wait_for_in_flight,
 )
 
 from weaver_rl.errors import EngineError
@@ -196,9 +196,11 @@ def test_files_of_an_adapter_may_go_while_it_is_in_use(
     asked.append(request("mine", 4, adapter=Adapter(name="mine", directory=tmp_path / "mine")))
     asked.append(request("later", 4, adapter=adapters["e"]))
     shutil.copytree(adapters["d"].directory, tmp_path / "mine")
+    ray.get(service.pause.remote("in_place"))
     answers = [service.sample.remote(each, long) for each in asked]
-    wait_for_steps(service, 3)
+    wait_for_in_flight(service, 20)
     shutil.rmtree(tmp_path / "mine")
+    ray.get(service.resume.remote())
     for kind, answer in zip([*running, adapters["d"], adapters["e"]], answers, strict=True):
         for completion in ray.get(answer, timeout=TIMEOUT_S).completions_G:
             assert reference.gap(completion, kind, long.temperature) < TOLERANCE

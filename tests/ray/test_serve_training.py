@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -247,6 +248,7 @@ def test_exports_load_in_plain_peft_and_transformers(client: ServiceClient, tmp_
     expected = logprobs_of(model.forward(data, "forward_logprob"))
     adapter = client.download_weights(model.export_weights(), tmp_path / "adapter")
     merged = client.download_weights(model.export_weights(merge_adapter=True), tmp_path / "merged")
+    assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == BASE
     base = AutoModelForCausalLM.from_pretrained(model.tokenizer_path, dtype=torch.float32)
     with_adapter = PeftModel.from_pretrained(base, str(tmp_path / "adapter")).train(False)
     whole = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32).train(False)

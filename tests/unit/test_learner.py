@@ -181,8 +181,15 @@ def test_a_non_finite_gradient_is_an_error_and_no_step(untied):
     learner = Learner(untied, cpu_config())
     before = weights(learner)
     data = make_data()
-    huge = [replaced(d, importance_weights=np.full(len(d.token_ids_N), 3e38, np.float32)) for d in data]
-    learner.forward_backward(huge, ImportanceSampling(name="importance_sampling"), 1e-3)
+    loss = ImportanceSampling(name="importance_sampling")
+
+    def weighted(weight: float) -> list[Datum]:
+        return [replaced(d, importance_weights=np.full(len(d.token_ids_N), weight, np.float32)) for d in data]
+
+    with pytest.raises(BatchError, match=r"loss is inf.*dropped"):
+        learner.forward_backward(weighted(3e38), loss, 1e-3)
+    assert not gradients(learner)
+    learner.forward_backward(weighted(1e30), loss, 1.0)
     with pytest.raises(BatchError, match=r"gradient norm is .*not applied"):
         learner.optim_step(AdamParams(learning_rate=1.0))
     assert not gradients(learner)

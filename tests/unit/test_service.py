@@ -544,8 +544,8 @@ def test_generation_control_is_for_models_trained_whole(tmp_path: Path):
     async def main() -> None:
         async with serving(tmp_path) as server:
             adapter, whole = await server.model(), await server.model(training_mode="full_ft")
+            session = await server.sampler(ANNE, await server.export(adapter, "a"))
             with pytest.raises(ServiceError, match="full_ft"):
-                session = await server.sampler(ANNE, await server.export(adapter, "a"))
                 await server.service.pause_generation(ANNE, session.id, "abort")
             session = await server.sampler(ANNE, await server.export(whole, "b"))
             await server.service.pause_generation(ANNE, session.id, "abort")
@@ -581,6 +581,29 @@ def test_the_same_seed_draws_the_same_and_none_draws_anew(tmp_path: Path):
             assert first == same
             assert len({first, other, free, freer}) == 4
             assert len(set(first)) == 3
+
+    asyncio.run(main())
+
+
+def test_a_request_sent_twice_makes_one_model_and_one_session(tmp_path: Path):
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            service, session = server.service, await server.service.create_session(ANNE, NewSession())
+            new = NewModel(model_seq_id=1, base_model="tiny")
+            first = await service.create_model(ANNE, session.id, new)
+            assert (await service.create_model(ANNE, session.id, new)).id == first.id
+            other = await service.create_model(
+                ANNE, session.id, NewModel(model_seq_id=1, base_model="tiny", max_length=9)
+            )
+            assert other.id != first.id
+            await server.step(first)
+            assert (await service.create_model(ANNE, session.id, new)).id not in (first.id, other.id)
+            sampler = NewSamplingSession(seq_id=1, base_model="tiny")
+            base = await service.create_sampling_session(ANNE, session.id, sampler)
+            assert (await service.create_sampling_session(ANNE, session.id, sampler)).id == base.id
+            tuned = NewSamplingSession(seq_id=1, path=await server.export(first))
+            assert await server.sample(await service.create_sampling_session(ANNE, session.id, tuned)) == "theta 0.5"
+            assert await server.sample(base) == "theta 0"
 
     asyncio.run(main())
 

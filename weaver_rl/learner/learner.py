@@ -180,6 +180,9 @@ class Learner:
             num_tokens=sum(len(datum.token_ids_N) for datum in data),
             padded_tokens=sum(microbatch.num_tokens for microbatch in microbatches),
         )
+        if not math.isfinite(totals["loss"]):
+            self.zero_grad()  # on every rank: all have the same total
+            raise BatchError(f"the loss is {totals['loss']}: an input is too large for it (set a clip); {DROPPED}")
         metrics = _metrics(totals, len(microbatches))
         if with_grad_norm:
             metrics["grad_norm"] = global_norm(self._trained.summed_gradients().values())

@@ -15,6 +15,7 @@ from typing import Any
 from weaver_rl.errors import (
     ActorFailedError,
     BatchError,
+    CallFailedError,
     CheckpointError,
     ConfigError,
     EngineError,
@@ -57,6 +58,7 @@ _RULES: tuple[tuple[type[BaseException], _Rule], ...] = (
     (CheckpointError, _Rule(code="checkpoint_error")),
     (ResourcesError, _Rule(code="no_capacity", may_pass=True)),
     (LearnerLostError, _Rule(code="learner_lost")),
+    (CallFailedError, _Rule(code="backend_failed")),
     (EngineLostError, _Rule(code="backend_lost", may_pass=True, may_be_half_done=True)),
     (ActorFailedError, _Rule(code="backend_lost", may_pass=True, may_be_half_done=True)),
     (EngineError, _Rule(code="invalid_request")),

@@ -10,6 +10,7 @@ import secrets
 import time
 import uuid
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 from weaver_rl.errors import ServiceError
@@ -70,19 +71,22 @@ class Sampling:
                 "invalid_request", f"model_path {new.path} is of model {checkpoint.model_id}, model_id {new.model_id}"
             )
         now = self._clock()
-        return await self._store.add_sampling_session(
-            SamplingSession(
-                id=str(uuid.uuid4()),
-                owner=owner,
-                session_id=session_id,
-                seq_id=new.seq_id,
-                base_model=base_model,
-                checkpoint_id=checkpoint.id if checkpoint is not None else None,
-                model_id=checkpoint.model_id if checkpoint is not None else new.model_id,
-                created_at=now,
-                last_used_at=now,
-            )
+        session = SamplingSession(
+            id=str(uuid.uuid4()),
+            owner=owner,
+            session_id=session_id,
+            seq_id=new.seq_id,
+            base_model=base_model,
+            checkpoint_id=checkpoint.id if checkpoint is not None else None,
+            model_id=checkpoint.model_id if checkpoint is not None else new.model_id,
+            created_at=now,
+            last_used_at=now,
         )
+        stored = await self._store.add_sampling_session(session)
+        if (stored.base_model, stored.checkpoint_id) == (session.base_model, session.checkpoint_id):
+            return stored  # this one, or the one that the same request made when it was sent before
+        # Another client counts from 1 again in the same session: never give it the weights of the first.
+        return await self._store.add_sampling_session(replace(session, seq_id=own_number()))
 
     async def session(self, owner: str, sampling_session_id: str) -> SamplingSession:
         """Raises ServiceError 404, or 410 when it has ended."""
@@ -221,6 +225,11 @@ class Sampling:
             id=operation_id, owner=session.owner, kind=kind, created_at=now, sampling_session_id=session.id
         )
         return await self._operations.submit(operation, run)
+
+
+def own_number() -> int:
+    """In place of a number that a client gave twice; clients' own begin at 1."""
+    return -1 - secrets.randbits(62)
 
 
 def sample_seeds(seed: int | None, num_samples: int) -> tuple[int, ...]:

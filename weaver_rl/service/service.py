@@ -41,7 +41,7 @@ from weaver_rl.service.records import (
 )
 from weaver_rl.service.results import Render
 from weaver_rl.service.roles import Learners, PauseMode, Samplers
-from weaver_rl.service.sampling import Sampling, unknown_base_model
+from weaver_rl.service.sampling import Sampling, own_number, unknown_base_model
 from weaver_rl.service.state_files import StateFiles
 from weaver_rl.service.store import Store
 from weaver_rl.service.sweeper import Sweeper
@@ -173,7 +173,11 @@ class Service:
             updated_at=now,
             user_metadata=new.user_metadata,
         )
-        return await self._store.add_model(model)
+        stored = await self._store.add_model(model)
+        if stored.id == model.id or _is_sent_twice(stored, model, had_seed=new.lora.seed is not None):
+            return stored
+        # Another client counts from 1 again in the same session: it asked for a model of its own.
+        return await self._store.add_model(replace(model, model_seq_id=own_number()))
 
     async def model(self, owner: str, model_id: str) -> Model:
         found = await self._store.model(owner, model_id)
@@ -328,6 +332,17 @@ class Service:
             "models": list(self._lineup),
             "waits": [f"{wait.owner}: {wait.what}" for wait in current_waits().current()],
         }
+
+
+def _is_sent_twice(first: Model, second: Model, *, had_seed: bool) -> bool:
+    """Whether `second` is the request of `first` sent again: the same, and nobody has used the model yet."""
+
+    def request(model: Model) -> tuple[Any, ...]:
+        lora = model.lora if model.lora is None or had_seed else replace(model.lora, seed=None)
+        return model.base_model, model.training_mode, lora, model.max_length, model.user_metadata
+
+    is_unused = first.status == "active" and first.training_state == "fresh" and first.last_seq_id == 0
+    return is_unused and request(first) == request(second)
 
 
 def _check_new_model(new: NewModel, served: LineupModel) -> None:

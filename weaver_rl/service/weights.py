@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import time
 import uuid
 from collections.abc import Awaitable, Callable
@@ -16,6 +18,8 @@ from weaver_rl.service.weaver_paths import check_name, parse_checkpoint_path
 
 WEIGHTS = "weights"
 """Where a learner's state has its weights, see weaver_rl/learner/state.py."""
+
+ADAPTER_CONFIG = "adapter_config.json"
 
 Write = Callable[[Path], Awaitable[None]]
 
@@ -126,6 +130,7 @@ class Weights:
         artifact_id = str(uuid.uuid4())
         async with self._files.writing_artifact(artifact_id) as directory:
             await write(directory)
+            await asyncio.to_thread(_name_base, directory, checkpoint.base_model)
         files: tuple[ArtifactFile, ...] = await self._files.manifest(self._files.artifact_dir(artifact_id))
         now = self._clock()
         artifact = Artifact(
@@ -163,3 +168,11 @@ class Weights:
         if await self._store.downloadable_artifact(artifact_id) is None:
             raise ServiceError("not_found", f"there is no artifact {artifact_id}, or it has expired", status=404)
         return self._files.artifact_file(artifact_id, name)
+
+
+def _name_base(directory: Path, base_model: str) -> None:
+    """What is downloaded names its base as clients know it, not by a path of this machine."""
+    path = directory / ADAPTER_CONFIG
+    if path.is_file():
+        config = json.loads(path.read_text())
+        path.write_text(json.dumps(config | {"base_model_name_or_path": base_model}, indent=2) + "\n")
