@@ -42,6 +42,7 @@ class RunningServer:
     def __init__(self, state_dir: Path, *overrides: str) -> None:
         keys = ",".join(f"{name}:{key}" for name, key in KEYS.items())
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        self.state_dir = state_dir
         self.lines: list[str] = []
         self._ready = threading.Event()
         self.process = subprocess.Popen(

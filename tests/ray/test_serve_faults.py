@@ -30,6 +30,7 @@ from weaver import WeaverAPIError
 from weaver.operations import OperationHandle, WeaverOperationError
 from weaver.types import AdamParams, LoraConfig, SamplingParams
 
+pytest_plugins = ("serve_fixtures",)
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
 RATE = AdamParams(learning_rate=2e-3)
@@ -148,20 +149,20 @@ def test_a_learner_and_an_engine_that_are_killed_are_replaced(own: RunningServer
         assert sequences_of(sampling.sample(prompt=prompt, sampling_params=GREEDY))[0]["tokens"] == tokens
 
 
-def test_without_a_key_nothing_is_told(own: RunningServer):
-    assert httpx.get(f"{own.url}/health").status_code == 200
+def test_without_a_key_nothing_is_told(server: RunningServer):
+    assert httpx.get(f"{server.url}/health").status_code == 200
     for headers in ({}, {"X-WEAVER-API-KEY": "sk-wrong"}):
-        refused = httpx.get(f"{own.url}/api/v1/models", headers=headers)
+        refused = httpx.get(f"{server.url}/api/v1/models", headers=headers)
         assert refused.status_code == 401
         assert set(refused.json()) >= {"error", "message", "retryable"}
-    with own.client() as service, pytest.raises(WeaverAPIError) as missing:
+    with server.client() as service, pytest.raises(WeaverAPIError) as missing:
         service.get_model("00000000-0000-0000-0000-000000000000")
     assert missing.value.status_code == 404
 
 
-def test_a_second_server_on_the_same_state_is_refused(own: RunningServer, tmp_path: Path):
+def test_a_second_server_on_the_same_state_is_refused(server: RunningServer):
     done = subprocess.run(
-        [COMMAND, "serve", str(CONFIG), f"state_dir={tmp_path / 'state'}", "http.port=0"],
+        [COMMAND, "serve", str(CONFIG), f"state_dir={server.state_dir}", "http.port=0"],
         cwd=REPOSITORY,
         capture_output=True,
         text=True,

@@ -184,13 +184,18 @@ def test_everything_is_on_disk_before_it_gets_its_name(tmp_path: Path, monkeypat
 
 
 def test_a_cancelled_write_leaves_nothing_whenever_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    fsync = os.fsync
+    fsync, mkdir = os.fsync, Path.mkdir
 
     def slow_fsync(descriptor: int) -> None:
         time.sleep(0.02)
         fsync(descriptor)
 
+    def slow_mkdir(self: Path, *options: Any, **more: Any) -> None:
+        time.sleep(0.03 if self.name.startswith(".writing-") else 0.0)
+        mkdir(self, *options, **more)
+
     monkeypatch.setattr(directories_module.os, "fsync", slow_fsync)
+    monkeypatch.setattr(Path, "mkdir", slow_mkdir)
 
     async def scenario() -> None:
         with StateFiles(tmp_path) as files:
@@ -485,9 +490,11 @@ def test_a_directory_that_cannot_be_used_is_refused_and_let_go(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"state_dir .*/file cannot be used"):
         StateFiles(tmp_path / "file")
     (tmp_path / "checkpoints").write_text("not a folder")
+    errors = []
     for _ in range(2):
-        with pytest.raises(ConfigError, match="cannot be used"):
+        with pytest.raises(ConfigError, match="cannot be used") as error:
             StateFiles(tmp_path)
+        errors.append(error)
 
 
 # -- names on the wire -------------------------------------------------------------------------------------------------
