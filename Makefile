@@ -1,4 +1,4 @@
-# make quickstart | test | install | lint | types | unit | ray | gpu | benchmark | overlap | chaos | scale | clean
+# make quickstart | test | install | lint | types | unit | ray | gpu | benchmark | overlap | chaos | scale | service | clean
 # The first call makes .venv and installs what was tested; later calls reuse it until the pinned versions change.
 
 PYTHON ?= python3
@@ -19,7 +19,7 @@ FREE_ON_GPU := apache-tvm-ffi|numpy
 export HF_HUB_OFFLINE ?= 1
 export PYTHONNOUSERSITE = 1
 
-.PHONY: quickstart test install lint types unit ray gpu benchmark overlap chaos scale clean
+.PHONY: quickstart test install lint types unit ray gpu benchmark overlap chaos scale service clean
 
 quickstart: install
 	$(BIN)/weaver-rl train configs/quickstart.yaml --overwrite
@@ -80,7 +80,7 @@ gpu: install
 benchmark: install
 	$(BIN)/python -m benchmarks
 
-overlap chaos scale: install
+overlap chaos scale service: install
 	$(BIN)/python -m benchmarks $@
 
 clean:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import chaos, fleet_scale, learner, overlap, sampler, step_share, weight_sync
+from benchmarks import chaos, fleet_scale, learner, overlap, sampler, service, step_share, weight_sync
 from benchmarks.machine import cores, machine_facts
 from benchmarks.results import Results, Row
 from benchmarks.scale import Scale
@@ -29,9 +29,10 @@ BENCHMARKS: Mapping[str, Benchmark] = {
     "overlap": overlap.measure,
     "scale": fleet_scale.measure,
     "chaos": chaos.measure,
+    "service": service.measure,
 }
-ONLY_BY_NAME = ("overlap", "scale", "chaos")
-"""Take minutes each, and are no comparison with anything else."""
+ONLY_BY_NAME = ("overlap", "scale", "chaos", "service")
+"""Take minutes each."""
 WIDTH_OF_A_FILE = 200
 """Columns of the table where it goes to no terminal."""
 

@@ -137,6 +137,25 @@ def test_another_name_is_another_adapter(
     assert score(first, like=rewritten) < TOLERANCE
 
 
+def test_an_adapter_that_is_forgotten_stays_for_whoever_uses_it(
+    service: Any, adapters: dict[str, Adapter], reference: Reference
+) -> None:
+    """One name, two contents in flight."""
+    num_before = loaded_adapters(service)
+    kinds = [adapters["all"], adapters["d"]]
+    ray.get(service.pause.remote("in_place"))
+    answers = []
+    for index, kind in enumerate(kinds):
+        asked = request(f"shared-{index}", 2, adapter=Adapter(name="shared", directory=kind.directory))
+        answers.append(service.sample.remote(asked, SAMPLING))
+        wait_for_in_flight(service, 2 * (index + 1))
+        ray.get(service.forget_adapter.remote("shared"))
+    ray.get(service.resume.remote())
+    for kind, group in zip(kinds, ray.get(answers, timeout=TIMEOUT_S), strict=True):
+        assert max(reference.gap(completion, kind) for completion in group.completions_G) < TOLERANCE
+    assert loaded_adapters(service) == num_before
+
+
 def spoil_config(directory: Path) -> None:
     (directory / "adapter_config.json").write_text("{")
 
@@ -197,8 +216,10 @@ def test_files_of_an_adapter_may_go_while_it_is_in_use(
     asked.append(request("later", 4, adapter=adapters["e"]))
     shutil.copytree(adapters["d"].directory, tmp_path / "mine")
     ray.get(service.pause.remote("in_place"))
-    answers = [service.sample.remote(each, long) for each in asked]
-    wait_for_in_flight(service, 20)
+    answers = []
+    for index, each in enumerate(asked):
+        answers.append(service.sample.remote(each, long))
+        wait_for_in_flight(service, 4 * (index + 1))
     shutil.rmtree(tmp_path / "mine")
     ray.get(service.resume.remote())
     for kind, answer in zip([*running, adapters["d"], adapters["e"]], answers, strict=True):
@@ -242,7 +263,9 @@ def test_a_token_ends_a_completion_and_stays_in_it(service: Any) -> None:
     assert tokens(not_stopped) == [whole]
 
 
-def test_texts_need_a_tokenizer(samplers: dict[str, Any]) -> None:
+def test_what_an_engine_of_a_run_cannot_do_is_told(samplers: dict[str, Any]) -> None:
+    with pytest.raises(EngineError, match="this engine scores at temperature 1 only"):
+        ray.get(samplers["tied"].prompt_logprobs.remote(PROMPT, 0.5))
     with pytest.raises(EngineError, match=r"stop texts \('x',\) need an engine with a tokenizer"):
         sample_all(samplers["tied"], [request("stop", stop=("x",))], SAMPLING)
     [group] = sample_all(samplers["tied"], [request("no text")], SAMPLING)

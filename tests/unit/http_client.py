@@ -17,9 +17,9 @@ API = "/api/v1"
 class Client:
     """A session and a model, with short words for calls."""
 
-    def __init__(self, http: httpx.AsyncClient, service: FakeService) -> None:
+    def __init__(self, http: httpx.AsyncClient, service: FakeService | None = None) -> None:
         self.http = http
-        self.service = service
+        self._service = service
         self.session = ""
         self.model = ""
 
@@ -36,6 +36,17 @@ class Client:
         response = await self.http.post(API + path, json=body)
         assert response.is_success, response.text
         return response.json() if response.content else None
+
+    @property
+    def service(self) -> FakeService:
+        assert self._service is not None
+        return self._service
+
+    async def ended(self, operation: dict[str, Any]) -> dict[str, Any]:
+        while operation["status"] not in ("done", "error"):
+            operation = await self.get(f"/operations/{operation['id']}")
+        assert operation["status"] == "done", operation
+        return operation
 
     async def sampling_session(self, **changes: Any) -> str:
         body = {"sampling_session_seq_id": 1, "base_model": "tiny", "model_path": None} | changes

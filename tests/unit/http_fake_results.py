@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import time
+import uuid
+from pathlib import Path
+
 import numpy as np
 
 from weaver_rl.service.calls import SampleCall, TrainingCall
+from weaver_rl.service.records import Artifact, ArtifactFile, ArtifactKind, Checkpoint
 from weaver_rl.service.results import SampleResult, TrainingResult
 from weaver_rl.types import Completion, GroupSample, PromptLogprobs
 
@@ -52,4 +58,33 @@ def sample_result(call: SampleCall) -> SampleResult:
         wants_prompt_logprobs=call.wants_prompt_logprobs,
         num_top_prompt_logprobs=call.num_top_prompt_logprobs,
         weight_version=4,
+    )
+
+
+def artifact_of(
+    checkpoint: Checkpoint, directory: Path | None, kind: ArtifactKind, ttl_seconds: int | None
+) -> Artifact:
+    """An export whose files are those of a directory."""
+    paths = sorted(path for path in directory.rglob("*") if path.is_file()) if directory is not None else []
+    files = tuple(
+        ArtifactFile(
+            name=path.relative_to(directory).as_posix(),
+            size=path.stat().st_size,
+            sha256=hashlib.sha256(path.read_bytes()).hexdigest(),
+        )
+        for path in paths
+        if directory is not None
+    )
+    return Artifact(
+        id=str(uuid.uuid4()),
+        owner=checkpoint.owner,
+        checkpoint_id=checkpoint.id,
+        model_id=checkpoint.model_id,
+        checkpoint_name=checkpoint.name,
+        kind=kind,
+        created_at=time.time(),
+        updated_at=time.time(),
+        status="completed",
+        files=files,
+        ttl_seconds=ttl_seconds,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from http_fake_results import prompt_logprobs, sample_result, training_result
+from http_fake_results import artifact_of, prompt_logprobs, sample_result, training_result
 
 from weaver_rl.errors import ServiceError
 from weaver_rl.service.calls import (
@@ -26,7 +25,6 @@ from weaver_rl.service.calls import (
 )
 from weaver_rl.service.records import (
     Artifact,
-    ArtifactFile,
     Checkpoint,
     Model,
     Operation,
@@ -386,31 +384,9 @@ class FakeService:
         raise ServiceError("not_found", f"there is no checkpoint {path}", status=404)
 
     def _artifact(self, checkpoint: Checkpoint, merge_adapter: bool, ttl_seconds: int | None) -> Artifact:
-        files = sorted(path for path in self.files_dir.rglob("*") if path.is_file()) if self.files_dir else []
-        artifact = Artifact(
-            id=str(uuid.uuid4()),
-            owner=checkpoint.owner,
-            checkpoint_id=checkpoint.id,
-            model_id=checkpoint.model_id,
-            checkpoint_name=checkpoint.name,
-            kind="hf_model" if merge_adapter else "hf_adapter",
-            created_at=time.time(),
-            updated_at=time.time(),
-            status="completed",
-            files=tuple(self._manifest_entry(path) for path in files),
-            ttl_seconds=ttl_seconds,
-        )
+        artifact = artifact_of(checkpoint, self.files_dir, "hf_model" if merge_adapter else "hf_adapter", ttl_seconds)
         self.artifacts_by_id[artifact.id] = artifact
         return artifact
-
-    def _manifest_entry(self, path: Path) -> ArtifactFile:
-        assert self.files_dir is not None
-        content = path.read_bytes()
-        return ArtifactFile(
-            name=path.relative_to(self.files_dir).as_posix(),
-            size=len(content),
-            sha256=hashlib.sha256(content).hexdigest(),
-        )
 
 
 def _own(records: Mapping[str, Any], owner: str, record_id: str) -> Any:

@@ -28,7 +28,6 @@ class FakeStore:
         self.known_models: dict[str, Model] = {}
         self.commit_s = commit_s
         self.broken: ServiceError | None = None
-        self.started: list[str] = []
 
     async def _commit(self) -> None:
         await asyncio.sleep(self.commit_s())
@@ -41,9 +40,6 @@ class FakeStore:
         if known is None:
             self.rows[operation.id] = operation
         return known or operation
-
-    def start_operation(self, operation_id: str) -> None:
-        self.started.append(operation_id)
 
     async def finish_operation(self, ended: Operation) -> bool:
         await self._commit()

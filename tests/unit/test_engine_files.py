@@ -115,7 +115,8 @@ def write_weights(directory: Path, shapes: dict[str, tuple[int, ...]]) -> list[P
 def test_weights_are_read_over_all_files(tmp_path: Path):
     files = write_weights(tmp_path, BASE)
     assert tensor_shapes(*files) == BASE
-    assert {name: float(tensor.mean()) for name, tensor in read_tensors(*files)} == dict(zip(BASE, (0, 1, 2), strict=True))
+    means = {name: float(tensor.mean()) for name, tensor in read_tensors(*files)}
+    assert means == dict(zip(BASE, (0, 1, 2), strict=True))
 
 
 def test_a_directory_without_weights_is_told(tmp_path: Path):

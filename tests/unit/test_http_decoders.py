@@ -94,17 +94,19 @@ async def latencies(client: httpx.AsyncClient, sending: asyncio.Task[httpx.Respo
     return found
 
 
-async def latencies_beside(raw: bytes, times: int, url: str) -> list[float]:
+async def slowest_beside(raw: bytes, times: int, url: str) -> list[float]:
+    """Of each time that the body is sent, the slowest of the probes beside it."""
     async with httpx.AsyncClient(base_url=url, timeout=60) as client:
         model = await a_model(client)
         path, headers = f"/api/v1/models/{model}/forward-backward-passes", {"Content-Type": "application/json"}
         small = json.dumps(for_model(request(datum()), model)).encode() + b" " * INLINE_BYTES
         await client.post(path, content=small, headers=headers)  # the worker is up then
         body = raw.replace(MODEL_ID.encode(), model.encode())
-        found = []
+        slowest = []
         for _ in range(times):
-            found += await latencies(client, asyncio.create_task(client.post(path, content=body, headers=headers)))
-        return found
+            sending = asyncio.create_task(client.post(path, content=body, headers=headers))
+            slowest.append(max(await latencies(client, sending)))
+        return slowest
 
 
 def test_the_event_loop_is_free_while_a_large_body_is_decoded():
@@ -116,9 +118,9 @@ def test_the_event_loop_is_free_while_a_large_body_is_decoded():
     from_json(raw)
     lock_s = time.monotonic() - before
     with served(face(FakeService())) as url:
-        found = asyncio.run(latencies_beside(raw, 3, url))
-    assert len(found) > 30
-    assert max(found) < lock_s
+        slowest = asyncio.run(slowest_beside(raw, 3, url))
+    # A thread would show every time; what else this machine does, not every time.
+    assert min(slowest) < 0.6 * lock_s
 
 
 # -- the life of workers ---------------------------------------------------------------------------------------------

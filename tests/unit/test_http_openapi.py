@@ -9,9 +9,10 @@ from typing import Any
 import httpx
 import pytest
 import schemathesis
+from fake_cluster import FakeLearners, FakeSamplers
 from http_client import Client
 from http_fakes import FakeService
-from http_serving import calling, face, served
+from http_serving import calling, face, in_thread, served_service
 from hypothesis import HealthCheck, given, settings
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
@@ -28,7 +29,7 @@ pytestmark = pytest.mark.unit
 
 KEYS = {"alice": "sk-alice"}
 HEADERS = {"X-WEAVER-API-KEY": "sk-alice"}
-MAX_EXAMPLES = 12
+MAX_EXAMPLES = 8
 TIMEOUT_S = 20.0
 NOT_SERVED = "not served"
 
@@ -58,34 +59,32 @@ PROBES = [
 
 
 @pytest.fixture(scope="module")
-def served_face() -> Iterator[tuple[str, dict[str, str]]]:
-    """Where the face is served, and ids of things that are there."""
-    service = FakeService()
-    app = face(service, keys=KEYS, http=HttpConfig(port=0, long_poll_s=0.05, submit_grace_s=0, max_body_mb=1))
+def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The real service behind, with its database and files; learners and engines are fakes."""
+    http = HttpConfig(port=0, long_poll_s=0.05, submit_grace_s=0.05, max_body_mb=1)
+    state_dir = tmp_path_factory.mktemp("state")
+    with in_thread(served_service(state_dir, KEYS, http, FakeLearners(), FakeSamplers())) as address:
+        yield address
 
-    async def prepared(url: str) -> dict[str, str]:
-        async with httpx.AsyncClient(base_url=url, headers=HEADERS) as http:
-            client = Client(http, service)
-            await client.begin()
-            artifact = (await client.post(f"/models/{client.model}/export-hf", {}))["response"]
-            return {
-                "session_id": client.session,
-                "model_id": client.model,
-                "sampling_session_id": await client.sampling_session(),
-                "operation_id": next(iter(service.operations)),
-                "checkpoint_id": artifact["checkpoint_id"],
-                "artifact_id": artifact["id"],
-            }
 
-    with served(app) as url:
-        yield url, asyncio.run(prepared(url))
+async def ids_of_what_is_there(url: str) -> dict[str, str]:
+    async with httpx.AsyncClient(base_url=url, headers=HEADERS) as http:
+        client = Client(http)
+        await client.begin()
+        operation = await client.ended(await client.post(f"/models/{client.model}/export-hf", {}))
+        return {
+            "session_id": client.session,
+            "model_id": client.model,
+            "sampling_session_id": await client.sampling_session(),
+            "operation_id": operation["id"],
+            "checkpoint_id": operation["response"]["checkpoint_id"],
+            "artifact_id": operation["response"]["id"],
+        }
 
 
 @pytest.mark.parametrize(("method", "path", "mode"), PROBES, ids=lambda value: getattr(value, "value", value))
-def test_no_request_is_too_strange(
-    served_face: tuple[str, dict[str, str]], method: str, path: str, mode: GenerationMode
-):
-    url, ids = served_face
+def test_no_request_is_too_strange(url: str, method: str, path: str, mode: GenerationMode):
+    ids = asyncio.run(ids_of_what_is_there(url))
     operation = schemathesis.openapi.from_dict(DESCRIPTION)[path][method]
     known: dict[str, Any] | None = {name: value for name, value in ids.items() if f"{{{name}}}" in path} or None
     if mode is GenerationMode.NEGATIVE and not can_be_wrong(method, path, in_path=False):

@@ -155,7 +155,7 @@ def test_a_body_that_is_too_large_is_refused_in_words(service: FakeService):
     many = [Datum(model_input=ModelInput.from_ints(numbers.tolist()), loss_fn_inputs=inputs)]
     with served(app) as url:
         for transport in ({}, {"tensor_transport": "http-binary", "tensor_compression": "raw"}):
-            with weaver.ServiceClient(base_url=url, **transport) as client:
+            with weaver.ServiceClient(base_url=url, heartbeat_interval=0.05, **transport) as client:
                 model = client.create_model(base_model="tiny")
                 with pytest.raises(weaver.WeaverAPIError) as caught:
                     model.forward_backward(many, "cross_entropy")

@@ -14,6 +14,7 @@ from operations_bench import LONG_S, OWNER, WAIT_S, Bench, FakeStore, refused, v
 from weaver_rl.errors import (
     ActorFailedError,
     BatchError,
+    CallFailedError,
     CheckpointError,
     ConfigError,
     EngineError,
@@ -240,6 +241,7 @@ OTHERS: tuple[OperationKind, ...] = ("forward", "export_sampler", "save", "expor
         (CheckpointError("disk full"), "checkpoint_error", False, False),
         (ResourcesError("no GPU"), "no_capacity", True, True),
         (LearnerLostError("rank 0 died"), "learner_lost", False, False),
+        (CallFailedError("rank 0 failed"), "backend_failed", False, False),
         (EngineLostError("engine died"), "backend_lost", True, False),
         (ActorFailedError("sampler 0 died"), "backend_lost", True, False),
         (TimeoutError("secret"), "timeout", True, False),

@@ -26,10 +26,8 @@ from weaver_rl.service.records import ArtifactFile
 from weaver_rl.service.state_files import StateFiles
 from weaver_rl.service.store import Store
 from weaver_rl.service.weaver_paths import (
-    ArtifactPath,
     CheckpointPath,
     check_name,
-    parse_artifact_path,
     parse_checkpoint_path,
 )
 
@@ -525,9 +523,6 @@ def test_good_names_and_paths(name: str):
     assert check_name(name) == name
     assert parse_checkpoint_path(f"weaver://m-1/checkpoints/{name}") == CheckpointPath(model_id="m-1", name=name)
     assert parse_checkpoint_path(f"weaver://m-1/{name}") == CheckpointPath(model_id="m-1", name=name)
-    for kind in ("hf_model", "hf_adapter"):
-        expected = ArtifactPath(model_id="m-1", checkpoint_name=name, kind=kind)
-        assert parse_artifact_path(f"weaver://m-1/checkpoints/{name}/artifacts/{kind}") == expected
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
@@ -535,11 +530,8 @@ def test_bad_names_are_refused_with_what_is_allowed(name: str):
     for parse, text in (
         (check_name, name),
         (parse_checkpoint_path, f"weaver://m/checkpoints/{name}"),
-        (parse_artifact_path, f"weaver://m/checkpoints/{name}/artifacts/hf_model"),
     ):
-        with pytest.raises(
-            ServiceError, match=r"a letter or digit, then|where kind is hf_model or hf_adapter"
-        ) as error:
+        with pytest.raises(ServiceError, match="a letter or digit, then") as error:
             parse(text)
         assert (error.value.code, error.value.status) == ("invalid_request", 400)
 
@@ -568,9 +560,8 @@ def test_bad_names_are_refused_with_what_is_allowed(name: str):
     ],
 )
 def test_anything_else_is_no_path(path: str):
-    for parse in (parse_checkpoint_path, parse_artifact_path):
-        with pytest.raises(ServiceError, match=r"weaver://<model id>/checkpoints/<name>"):
-            parse(path)
+    with pytest.raises(ServiceError, match=r"weaver://<model id>/checkpoints/<name>"):
+        parse_checkpoint_path(path)
 
 
 @settings(max_examples=300, deadline=None)

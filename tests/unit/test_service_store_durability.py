@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,8 @@ from sqlalchemy import Connection, create_engine, event, select, text, update
 
 from weaver_rl.errors import ConfigError, ServiceError
 from weaver_rl.service import store_tables as tables
+from weaver_rl.service.config import OperationsConfig
+from weaver_rl.service.operations import Operations
 from weaver_rl.service.store import Store
 from weaver_rl.service.store_database import open_database
 from weaver_rl.service.store_tables import VERSION, schema_version
@@ -48,7 +51,6 @@ def test_writes_that_wait_together_share_a_transaction(url: str):
 
             async def one(number: int) -> None:
                 operation = await store.add_operation(an_operation(model.id, number))
-                store.start_operation(operation.id)
                 ended = replace(operation, status="done", response=b"%d" % number, finished_at=1.0)
                 assert await store.finish_operation(ended)
                 assert await store.operation(OWNER, operation.id) == ended
@@ -116,6 +118,50 @@ def test_the_event_loop_goes_on_while_the_database_is_slow(url: str):
             assert longest < 0.25
 
     asyncio.run(scenario())
+
+
+def test_operations_of_the_real_store_run_once_in_order_and_go_on_after_a_restart(url: str):
+    ran: list[int] = []
+
+    def run(number: int, seconds: float = 0.0) -> Callable[[], Awaitable[bytes]]:
+        async def work() -> bytes:
+            ran.append(number)
+            await asyncio.sleep(seconds)
+            return b"%d" % number
+
+        return work
+
+    async def before() -> str:
+        async with Store.opened(url) as store, Operations(store, OperationsConfig()) as operations:
+            model = await store.add_model(a_model((await store.add_session(a_session())).id))
+
+            async def one(number: int) -> None:
+                submitted = await operations.submit(an_operation(model.id, number), run(number))
+                ended = await operations.wait(OWNER, submitted.id, 60.0)
+                assert ended.response == b"%d" % number
+                assert await operations.wait(OWNER, submitted.id, 0.0) == ended
+
+            numbers = [*range(1, 41), *range(1, 41, 3)]
+            random.Random(0).shuffle(numbers)
+            await asyncio.gather(*(one(number) for number in numbers))
+            endless = [
+                await operations.submit(an_operation(model.id, 41 + more), run(41 + more, 1e6)) for more in (0, 1)
+            ]
+            await asyncio.sleep(0.05)
+            await operations.close(timeout_s=0.1)
+            assert [(await operations.wait(OWNER, left.id, 60.0)).ended for left in endless] == [False, False]
+        return model.id
+
+    async def after(model_id: str) -> None:
+        async with Store.opened(url) as store, Operations(store, OperationsConfig()) as operations:
+            assert await store.fail_unfinished("server_restarted", "again") == 2
+            again = await operations.submit(an_operation(model_id, 42), run(42))
+            assert (again.error_code, again.retryable) == ("server_restarted", True)
+            ended = await operations.submit(an_operation(model_id, 43), run(43))
+            assert (await operations.wait(OWNER, ended.id, 4.0)).status == "done"
+
+    asyncio.run(after(asyncio.run(before())))
+    assert ran == [*range(1, 42), 43]
 
 
 # -- kills -------------------------------------------------------------------------------------------------------------

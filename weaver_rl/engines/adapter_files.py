@@ -17,7 +17,7 @@ from weaver_rl.errors import EngineError
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(embedding_)?(?P<side>[AB])(\.weight)?")
-_BASE_COPY = re.compile(r".+\.(embed_tokens|lm_head)\.(base_layer\.)?weight")
+_BASE_COPY = re.compile(r".+\.(embed_tokens|lm_head)\.base_layer\.weight")
 """Copies of base weights that PEFT may add for embedding and head; they are not loaded."""
 
 

@@ -100,7 +100,8 @@ class VllmEngine:
             with_tokenizer=with_tokenizer,
             lora=lora,
         )
-        self._scores_at_any_temperature = all(self._engine.collective_rpc(install))
+        answers_clients = with_tokenizer or lora is not None
+        self._scores_at_any_temperature = answers_clients and all(self._engine.collective_rpc(install))
         config = self._engine.vllm_config.model_config
         self._tied_head = bool(getattr(config.hf_text_config, "tie_word_embeddings", False))
         self._model_dir = model_dir

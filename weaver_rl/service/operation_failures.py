@@ -87,4 +87,4 @@ def failure_of(error: BaseException, kind: OperationKind, operation_id: str) -> 
 
 def is_expected(failure: Failure) -> bool:
     """Whether its message says all there is, so that the log needs no traceback."""
-    return failure.code not in ("internal_error", "backend_lost", "learner_lost", "timeout")
+    return failure.code not in ("internal_error", "backend_failed", "backend_lost", "learner_lost", "timeout")

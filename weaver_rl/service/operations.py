@@ -40,8 +40,6 @@ class OperationStore(Protocol):
 
     async def add_operation(self, operation: Operation) -> Operation: ...
 
-    def start_operation(self, operation_id: str) -> None: ...
-
     async def finish_operation(self, ended: Operation) -> bool: ...
 
     async def operation(self, owner: str, operation_id: str) -> Operation | None: ...
@@ -305,7 +303,9 @@ class Operations:
                 await entry.turn.came
             if self._is_closing:
                 return
-            ended = await self._ended(entry)
+            # Told from memory alone: who restarts need not know which of them ran.
+            entry.operation = replace(entry.operation, status="running")
+            ended = await entry.work.ended()
             # Before the commit: the next one need not wait for the disk.
             if entry.queue is not None:
                 entry.queue.ended(entry.turn)
@@ -326,11 +326,6 @@ class Operations:
         if entry.queue is not None:
             entry.queue.withdraw(entry.turn)
         return False
-
-    async def _ended(self, entry: _Entry) -> Operation:
-        entry.operation = replace(entry.operation, status="running")
-        self._store.start_operation(entry.operation.id)
-        return await entry.work.ended()
 
     async def _record(self, entry: _Entry, ended: Operation) -> None:
         """Commits its end, then lets everybody know. While the database refuses it, it is answered from memory."""

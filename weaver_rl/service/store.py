@@ -1,6 +1,6 @@
 """What the service remembers, across kills: records in, records out. It knows no file and no protocol.
 
-Every method returns after its commit (`touch_*` and `start_operation` say otherwise), and never blocks the event loop.
+Every method returns after its commit (`touch_*` says otherwise), and never blocks the event loop.
 Who asks is part of every look-up: what belongs to another owner is None, as if it were not there. What has expired is
 never given out as alive, whether it was swept or not.
 
@@ -126,10 +126,6 @@ class Store:
     async def model(self, owner: str, model_id: str) -> Model | None:
         return await self._read(partial(statements.model, owner=owner, model_id=model_id))
 
-    async def model_by_id(self, model_id: str) -> Model | None:
-        """Whoever it belongs to: never for an id that a client gave."""
-        return await self._read(partial(statements.model, owner=None, model_id=model_id))
-
     async def models(self, owner: str, limit: int, offset: int = 0) -> Page[Model]:
         """Newest first."""
         work = partial(statements.models_page, owner=owner, limit=limit, offset=offset)
@@ -160,7 +156,10 @@ class Store:
     # -- operations ------------------------------------------------------------------------------------------------
 
     async def add_operation(self, operation: Operation) -> Operation:
-        """The given one, or the one that has its (model_id, seq_id) already: compare ids to know."""
+        """The given one, or the one that has its (model_id, seq_id) already: compare ids to know.
+
+        It is `pending` here until it ends; which of them run is known to `Operations` alone.
+        """
         return await self._write(partial(operations.add, operation=operation))
 
     async def operation(self, owner: str, operation_id: str) -> Operation | None:
@@ -169,10 +168,6 @@ class Store:
     async def operation_at(self, model_id: str, seq_id: int) -> Operation | None:
         """Of a model that the caller has looked up."""
         return await self._read(partial(operations.at, model_id=model_id, seq_id=seq_id))
-
-    def start_operation(self, operation_id: str) -> None:
-        """It is `running`; recorded within a second, waits for nothing, and never undoes its end."""
-        self._writer.write_later(operation_id, partial(operations.start, operation_id=operation_id))
 
     async def finish_operation(self, ended: Operation) -> bool:
         """Records response or error, and raises the model's `last_seq_id`. False: it had ended before.
@@ -234,10 +229,6 @@ class Store:
         work = partial(files.set_checkpoint_term, checkpoint_id=checkpoint_id, term=term, now=self._clock())
         return await self._write(work)
 
-    async def delete_checkpoint(self, checkpoint_id: str) -> bool:
-        """False: it was deleted before. Of a checkpoint that the caller has looked up."""
-        return await self._write(partial(files.delete_checkpoint, checkpoint_id=checkpoint_id))
-
     async def claim_unused_checkpoints(self) -> tuple[Checkpoint, ...]:
         """Deleted or failed ones without a sampling session, each once: their files are to be removed now."""
         return await self._write(files.claim_unused_checkpoints)
@@ -251,10 +242,6 @@ class Store:
     async def add_artifact(self, artifact: Artifact) -> Artifact:
         """A `completed` one takes the place of an earlier completed one of the same checkpoint and kind."""
         return await self._write(partial(files.add_artifact, new=artifact))
-
-    async def update_artifact(self, artifact: Artifact) -> bool:
-        """Records status, files, error and term, as `add_artifact`. False: it was deleted meanwhile."""
-        return await self._write(partial(files.update_artifact, changed=artifact))
 
     async def artifact(self, owner: str, artifact_id: str) -> Artifact | None:
         """An expired one is `deleted`."""
@@ -315,7 +302,3 @@ class Store:
     async def delete_idle_sampling_sessions(self, before: float) -> tuple[SamplingSession, ...]:
         """Those last used before; they are gone then."""
         return await self._write(partial(statements.delete_idle_sampling_sessions, before=before))
-
-    async def sampling_sessions_of(self, checkpoint_id: str) -> tuple[SamplingSession, ...]:
-        """Those that pin the checkpoint, newest first."""
-        return await self._read(partial(statements.sampling_sessions_of, checkpoint_id=checkpoint_id))

@@ -69,11 +69,6 @@ def set_checkpoint_term(
     return find(connection, checkpoints, Checkpoint, checkpoints.c.id == checkpoint_id)
 
 
-def delete_checkpoint(connection: Connection, checkpoint_id: str) -> bool:
-    kept = and_(checkpoints.c.id == checkpoint_id, checkpoints.c.status != "deleted")
-    return connection.execute(update(checkpoints).where(kept).values(status="deleted")).rowcount > 0
-
-
 def claim_unused_checkpoints(connection: Connection) -> tuple[Checkpoint, ...]:
     pinned = exists().where(sampling_sessions.c.checkpoint_id == checkpoints.c.id)
     unused = and_(checkpoints.c.status.in_(("deleted", "error")), checkpoints.c.files_removed.is_(False), ~pinned)
@@ -97,18 +92,6 @@ def _make_room(connection: Connection, new: Artifact) -> None:
         same = and_(artifacts.c.checkpoint_id == new.checkpoint_id, artifacts.c.kind == new.kind)
         earlier = and_(same, artifacts.c.status == "completed", artifacts.c.id != new.id)
         connection.execute(update(artifacts).where(earlier).values(status="deleted", updated_at=new.updated_at))
-
-
-def update_artifact(connection: Connection, changed: Artifact) -> bool:
-    """False: it was deleted meanwhile, and stays so."""
-    row = row_of(changed)
-    values = {name: row[name] for name in ("updated_at", "status", "files", "error", "ttl_seconds", "expires_at")}
-    kept = and_(artifacts.c.id == changed.id, artifacts.c.status != "deleted")
-    if connection.execute(select(artifacts.c.id).where(kept)).first() is None:
-        return False
-    _make_room(connection, changed)
-    connection.execute(update(artifacts).where(kept).values(**values))
-    return True
 
 
 def artifact(connection: Connection, owner: str, artifact_id: str, now: float) -> Artifact | None:

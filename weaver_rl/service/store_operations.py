@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from sqlalchemy import Connection, and_, case, delete, exists, func, insert, or_, select, update
+from sqlalchemy import Connection, and_, bindparam, case, delete, exists, func, insert, or_, select, update
 from sqlalchemy.engine import Row
 
 from weaver_rl.service.records import Operation
@@ -13,7 +13,11 @@ from weaver_rl.service.store_statements import raise_last_seq_id
 from weaver_rl.service.store_tables import models, names_of, operations, record_of, row_of, unpack
 
 _COLUMNS = tuple(operations.c[name] for name in names_of(Operation))
-_UNFINISHED = operations.c.status.in_(("pending", "running"))
+_UNFINISHED = operations.c.status == "pending"
+# Made once: for every sample they are executed, and to make them takes longer than that.
+_INSERT = insert(operations)
+_GET = select(*_COLUMNS).where(operations.c.id == bindparam("this_id"), operations.c.owner == bindparam("this_owner"))
+_FINISH = update(operations).where(operations.c.id == bindparam("this_id"), _UNFINISHED)
 
 
 def _record(row: Row[*tuple[Any, ...]] | None) -> Operation | None:
@@ -29,13 +33,12 @@ def add(connection: Connection, operation: Operation) -> Operation:
         known = at(connection, operation.model_id, operation.seq_id)
         if known is not None:
             return known
-    connection.execute(insert(operations).values(row_of(operation)))
+    connection.execute(_INSERT, row_of(operation))
     return operation
 
 
 def get(connection: Connection, owner: str, operation_id: str) -> Operation | None:
-    own = and_(operations.c.id == operation_id, operations.c.owner == owner)
-    return _record(connection.execute(select(*_COLUMNS).where(own)).first())
+    return _record(connection.execute(_GET, {"this_id": operation_id, "this_owner": owner}).first())
 
 
 def at(connection: Connection, model_id: str, seq_id: int) -> Operation | None:
@@ -43,15 +46,10 @@ def at(connection: Connection, model_id: str, seq_id: int) -> Operation | None:
     return _record(connection.execute(select(*_COLUMNS).where(place)).first())
 
 
-def start(connection: Connection, operation_id: str) -> None:
-    pending = and_(operations.c.id == operation_id, operations.c.status == "pending")
-    connection.execute(update(operations).where(pending).values(status="running"))
-
-
 def finish(connection: Connection, ended: Operation, packed: bytes | None) -> bool:
     """False: it had ended before, and stays as it was."""
-    unfinished = and_(operations.c.id == ended.id, _UNFINISHED)
     values = {
+        "this_id": ended.id,
         "status": ended.status,
         "response": packed,
         "error_code": ended.error_code,
@@ -60,7 +58,7 @@ def finish(connection: Connection, ended: Operation, packed: bytes | None) -> bo
         "retryable": ended.retryable,
         "finished_at": ended.finished_at,
     }
-    if connection.execute(update(operations).where(unfinished).values(**values)).rowcount == 0:
+    if connection.execute(_FINISH, values).rowcount == 0:
         return False
     if ended.model_id is not None and ended.seq_id is not None:
         raise_last_seq_id(connection, ended.model_id, ended.seq_id)

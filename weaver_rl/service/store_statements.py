@@ -86,10 +86,8 @@ def add_model(connection: Connection, new: Model) -> Model:
     return known or new
 
 
-def model(connection: Connection, owner: str | None, model_id: str) -> Model | None:
-    """`owner` None: anybody's."""
-    own = models.c.id == model_id
-    return find(connection, models, Model, own if owner is None else and_(own, models.c.owner == owner))
+def model(connection: Connection, owner: str, model_id: str) -> Model | None:
+    return find(connection, models, Model, models.c.id == model_id, models.c.owner == owner)
 
 
 def models_page(connection: Connection, owner: str, limit: int, offset: int) -> tuple[tuple[Model, ...], int]:
@@ -165,8 +163,3 @@ def delete_idle_sampling_sessions(connection: Connection, before: float) -> tupl
     gone = find_all(connection, sampling_sessions, SamplingSession, idle)
     connection.execute(delete(sampling_sessions).where(idle))
     return gone
-
-
-def sampling_sessions_of(connection: Connection, checkpoint_id: str) -> tuple[SamplingSession, ...]:
-    pinning = sampling_sessions.c.checkpoint_id == checkpoint_id
-    return find_all(connection, sampling_sessions, SamplingSession, pinning, order=newest_first(sampling_sessions))

@@ -1,25 +1,19 @@
-"""Names of checkpoints and artifacts on the wire: `weaver://…`. They never become paths of files.
+"""Names of checkpoints on the wire: `weaver://…`. They never become paths of files.
 
 weaver://{model_id}/checkpoints/{name}
-weaver://{model_id}/{name}                                    what older clients write for the same
-weaver://{model_id}/checkpoints/{name}/artifacts/{kind}       kind: hf_model or hf_adapter
+weaver://{model_id}/{name}                  what older clients write for the same
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import cast, get_args
 
 from weaver_rl.errors import ServiceError
-from weaver_rl.service.records import ArtifactKind
 
 _NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
 _MODEL_ID = "[A-Za-z0-9][A-Za-z0-9-]{0,127}"
 _CHECKPOINT = re.compile(f"weaver://(?P<model_id>{_MODEL_ID})/(?:checkpoints/)?(?P<name>{_NAME})")
-_ARTIFACT = re.compile(
-    f"weaver://(?P<model_id>{_MODEL_ID})/checkpoints/(?P<name>{_NAME})/artifacts/(?P<kind>{'|'.join(get_args(ArtifactKind))})"
-)
 _ALLOWED_NAME = "a letter or digit, then letters, digits, '.', '_' and '-'; 128 characters at most"
 _SHOWN_CHARS = 200
 
@@ -30,15 +24,6 @@ class CheckpointPath:
 
     model_id: str
     name: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ArtifactPath:
-    """Example: ArtifactPath(model_id="3f0c…", checkpoint_name="step_000010", kind="hf_adapter")"""
-
-    model_id: str
-    checkpoint_name: str
-    kind: ArtifactKind
 
 
 def check_name(name: str) -> str:
@@ -57,18 +42,6 @@ def parse_checkpoint_path(path: str) -> CheckpointPath:
             f"name is {_ALLOWED_NAME}"
         )
     return CheckpointPath(model_id=found["model_id"], name=found["name"])
-
-
-def parse_artifact_path(path: str) -> ArtifactPath:
-    """Raises ServiceError 400 for anything that is not the name of an artifact."""
-    found = _ARTIFACT.fullmatch(path)
-    if found is None:
-        raise _refusal(
-            f"{_shown(path)} is not the path of an artifact; write weaver://<model id>/checkpoints/<name>/artifacts/"
-            f"<kind>, where kind is {' or '.join(get_args(ArtifactKind))}"
-        )
-    kind = cast("ArtifactKind", found["kind"])
-    return ArtifactPath(model_id=found["model_id"], checkpoint_name=found["name"], kind=kind)
 
 
 def _shown(text: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import logging
 import multiprocessing
 import os
 import signal
@@ -81,3 +82,5 @@ def _begin(parent_pid: int) -> None:
     if os.getppid() != parent_pid:
         os._exit(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # It warns of what clients send, which they are told.
+    logging.getLogger("python_multipart").setLevel(logging.CRITICAL)
