@@ -6,7 +6,7 @@ Training moves the number, saving writes it, sampling repeats it: so a test sees
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -87,6 +87,8 @@ class FakeModelLearner:
 
     async def load_state(self, directory: Path, with_optimizer: bool = True) -> None:
         await self._work()
+        if self._learners.load_error is not None:
+            raise self._learners.load_error
         self.theta = float((directory / "weights" / "theta").read_text())
         self.moment = float((directory / "moment").read_text()) if with_optimizer else 0.0
         self.gradient = None
@@ -110,6 +112,7 @@ class FakeLearners:
         self.opened: list[str] = []
         self.dying: set[str] = set()
         self.disk_is_full = False
+        self.load_error: Exception | None = None
 
     async def open(
         self, model_id: str, base_model: str, mode: TrainingMode, lora: LoraParams | None
@@ -140,6 +143,7 @@ class FakeSamplers:
         self.closed: list[str] = []
         self.seen: list[SampleRequest] = []
         self.error: Exception | None = None
+        self.kept: set[str] = set()
 
     def _theta(self, weights: SamplerWeights) -> float:
         return float((weights.directory / "theta").read_text()) if weights.directory is not None else 0.0
@@ -179,3 +183,6 @@ class FakeSamplers:
 
     async def close(self, model_id: str) -> None:
         self.closed.append(model_id)
+
+    async def close_all_but(self, model_ids: Collection[str]) -> None:
+        self.kept = set(model_ids)

@@ -234,41 +234,6 @@ def test_a_removed_adapter_is_gone_and_its_name_is_free(untied, tmp_path):
         base.with_adapter("a", ATTENTION)
 
 
-class BreaksLater(CrossEntropy):
-    """Fails in its second micro-batch."""
-
-    def token_losses(self, logprobs, inputs):
-        losses = super().token_losses(logprobs, inputs)
-        if BREAKS.pop():
-            raise ERRORS[-1]
-        return losses
-
-
-BREAKS: list[bool] = []
-ERRORS: list[Exception] = []
-
-
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), BatchError("datum 'd1': too bad")])
-def test_a_failure_in_the_middle_drops_that_models_gradients_only_and_says_so(untied, error):
-    data = make_data()
-    total = sum_weights(data)
-    base = Learner(untied, cpu_config(max_tokens_per_microbatch=45))
-    failing, other = base.with_adapter("failing", EVERYTHING), base.with_adapter("other", EVERYTHING)
-    for learner in (failing, other):
-        learner.forward_backward(data, LOSS, total)
-    kept = gradients(other)
-    BREAKS[:], ERRORS[:] = [True, False], [error]
-    with pytest.raises(type(error), match=str(error)) as caught:
-        failing.forward_backward(data, BreaksLater(name="cross_entropy"), total)
-    assert "all gradients that this model had accumulated are dropped" in "\n".join(
-        [str(caught.value), *getattr(caught.value, "__notes__", [])]
-    )
-    assert not gradients(failing)
-    assert_same_tensors(gradients(other), kept)
-    with pytest.raises(BatchError, match="no forward_backward"):
-        failing.optim_step(PARAMS)
-
-
 def test_refused_data_and_steps_leave_an_adapter_as_it_was(untied):
     data = make_data()
     learner = Learner(untied, cpu_config()).with_adapter("a", EVERYTHING)

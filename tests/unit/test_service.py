@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fake_cluster import FakeLearners, FakeSamplers
 
-from weaver_rl.errors import EngineLostError, ServiceError
+from weaver_rl.errors import CheckpointError, EngineLostError, ServiceError
 from weaver_rl.rollout import SamplingConfig
 from weaver_rl.service.calls import LineupModel, NewModel, NewSamplingSession, NewSession, SampleCall, TrainingCall
 from weaver_rl.service.config import ServeConfig
@@ -293,12 +293,14 @@ def test_what_belongs_to_another_key_is_not_there(tmp_path: Path):
             session = await server.sampler(ANNE, path)
             service = server.service
             bens = await server.model(BEN)
+            with pytest.raises(ServiceError, match="has no checkpoint"):
+                await service.set_ttl(ANNE, (await server.model(ANNE)).id, path, 1)
             tries = [
                 service.model(BEN, model.id),
                 service.forward_backward(BEN, model.id, training_call(9), render),
                 service.checkpoints(BEN, model.id),
                 service.set_ttl(BEN, model.id, path, 1),
-                service.load_checkpoint(BEN, bens.id, path, False, render),
+                server.load(bens, path, False),
                 service.export_checkpoint(BEN, saved.id, False, None, False, render),
                 service.sampling_session(BEN, session.id),
                 service.sample(
@@ -311,10 +313,44 @@ def test_what_belongs_to_another_key_is_not_there(tmp_path: Path):
             for attempt in tries:
                 with pytest.raises(ServiceError) as refused:
                     await attempt
-                assert refused.value.status == 404, refused.value
+                assert refused.value.code == "not_found", refused.value
             operation = await service.forward(ANNE, model.id, training_call(2), render)
             with pytest.raises(ServiceError, match="no operation"):
                 await service.operation(BEN, operation.id, 1.0)
+
+    asyncio.run(main())
+
+
+def test_a_seed_that_was_not_given_is_drawn_once_and_recorded(tmp_path: Path):
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            first, second = await server.model(), await server.model()
+            assert first.lora is not None
+            assert second.lora is not None
+            assert None not in (first.lora.seed, second.lora.seed)
+            assert first.lora.seed != second.lora.seed
+            assert await server.service.model(ANNE, first.id) == first
+
+    asyncio.run(main())
+
+
+def test_positions_without_a_target_have_no_log_probability(tmp_path: Path):
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            model = await server.model()
+            inputs = {"target_tokens": np.array([-100, 6, -100]), "weights": np.ones(3, np.float32)}
+            raw = RawDatum(datum_id=None, token_ids_N=np.full(3, 5, np.int64), inputs=inputs)
+            request = resolve_loss("cross_entropy", {}, [raw], backward=True)
+            call = TrainingCall(seq_id=1, digest="x", datum_ids=(None,), request=request)
+            seen: list[list[float]] = []
+
+            def look(result: Result) -> bytes:
+                assert isinstance(result, TrainingResult)
+                seen.append(result.logprobs_per_datum[0].tolist())
+                return b"{}"
+
+            await server.ended(await server.service.forward_backward(ANNE, model.id, call, look))
+            assert seen == [[0.0, -1.0, 0.0]]
 
     asyncio.run(main())
 
@@ -405,8 +441,9 @@ def test_a_failed_operation_leaves_the_model_usable(tmp_path: Path):
                 await server.ended(await server.service.forward_backward(ANNE, model.id, bad, render))
             await server.step(model)
             assert await server.forward(model) == -1.5
+            long = training_call(server.next_seq(model), length=40)
             with pytest.raises(ServiceError, match="takes 32 at most"):
-                await server.service.forward(ANNE, model.id, training_call(4, length=40), render)
+                await server.ended(await server.service.forward(ANNE, model.id, long, render))
 
     asyncio.run(main())
 
@@ -455,6 +492,114 @@ def test_another_models_death_never_brings_a_trained_one_back_untrained(tmp_path
     asyncio.run(main())
 
 
+def test_a_learner_that_dies_under_the_first_operation_takes_nothing_from_the_model(tmp_path: Path):
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            model = await server.model()
+            await server.forward(model)
+            server.learners.dying.add(model.id)
+            with pytest.raises(ServiceError, match="call it again") as lost:
+                await server.forward_backward(model)
+            assert lost.value.retryable
+            assert (await server.step(model))["num_steps"] == 1
+
+    asyncio.run(main())
+
+
+def test_a_first_operation_that_was_refused_leaves_the_model_as_created(tmp_path: Path):
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            model = await server.model()
+            bad = training_call(server.next_seq(model), token=100)
+            with pytest.raises(ServiceError, match="vocabulary"):
+                await server.ended(await server.service.forward_backward(ANNE, model.id, bad, render))
+            assert (await server.service.model(ANNE, model.id)).training_state == "fresh"
+
+    asyncio.run(main())
+
+
+def test_a_load_that_fails_never_leaves_a_lost_model_untrained(tmp_path: Path):
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            model = await server.model()
+            await server.step(model)
+            path = await server.save(model, "saved")
+            server.learners.kill()
+            server.learners.load_error = CheckpointError("cannot read the learner state: Input/output error")
+            with pytest.raises(ServiceError, match="Input/output"):
+                await server.load(model, path)
+            server.learners.load_error = None
+            with pytest.raises(ServiceError, match="Load a checkpoint"):
+                await server.forward(model)
+            await server.load(model, path)
+            assert await server.forward(model) == -1.5
+
+    asyncio.run(main())
+
+
+def test_a_step_that_cannot_be_recorded_at_first_is_recorded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("weaver_rl.service.model_states.PAUSE_BETWEEN_TRIES_S", 0.01)
+
+    async def main(failures: int) -> Model:
+        async with serving(tmp_path / str(failures)) as server:
+            model = await server.model()
+            await server.forward_backward(model)
+            update, left = server.store.update_model, [failures]
+
+            async def sometimes(model_id: str, **changes: Any) -> Any:
+                if "num_steps" in changes and left[0]:
+                    left[0] -= 1
+                    raise ServiceError("storage_unavailable", "disk I/O error", status=503, retryable=True)
+                return await update(model_id, **changes)
+
+            server.store.update_model = sometimes  # type: ignore[method-assign]
+            seq_id = server.next_seq(model)
+            params = AdamParams(learning_rate=0.5)
+            await server.ended(await server.service.optim_step(ANNE, model.id, seq_id, "step", params, render))
+            return await server.service.model(ANNE, model.id)
+
+    assert asyncio.run(main(2)).num_steps == 1
+    with pytest.raises(ServiceError, match="was applied") as failed:
+        asyncio.run(main(100))
+    assert not failed.value.retryable
+
+
+def test_models_of_clients_that_were_killed_are_ended(tmp_path: Path):
+    async def main() -> None:
+        clock = Clock()
+        async with serving(tmp_path, clock, retention={"session_idle_s": 100}) as server:
+            silent, beating, working = await server.model(), await server.model(), await server.model()
+            for model in (silent, beating, working):
+                await server.forward(model)
+            clock.now += 99
+            await server.service.heartbeat(ANNE, beating.session_id)
+            await server.forward(working)
+            await server.service.models(ANNE, 1, 0)
+            clock.now += 2
+            await server.step(working)  # writes what was noted before it
+            await server.service._sweeper.sweep()
+            statuses = [(await server.service.model(ANNE, model.id)).status for model in (silent, beating, working)]
+            assert statuses == ["terminated", "active", "active"]
+            await asyncio.sleep(0.1)
+            assert silent.id not in server.learners.models
+
+    asyncio.run(main())
+
+
+def test_engines_are_kept_for_the_models_that_sessions_are_of(tmp_path: Path):
+    async def main() -> None:
+        async with serving(tmp_path) as server:
+            model = await server.model(training_mode="full_ft")
+            session = await server.sampler(ANNE, await server.export(model))
+            await server.service._sweeper.sweep()
+            assert server.samplers.kept == {model.id}
+            await server.service.delete_sampling_session(ANNE, session.id)
+            await server.service._sweeper.sweep()
+            assert server.samplers.kept == set()
+
+    asyncio.run(main())
+
+
 def test_gradients_that_went_with_the_learner_are_not_forgotten_silently(tmp_path: Path):
     async def main() -> None:
         async with serving(tmp_path) as server:
@@ -481,6 +626,7 @@ def test_after_a_restart_results_and_checkpoints_are_there_and_weights_must_be_l
             seq_ids = dict(server.seq_ids)
         async with serving(tmp_path) as server:
             server.seq_ids = seq_ids
+            assert (await server.service.model(ANNE, model.id)).training_state == "lost"
             assert await server.ended(operation) == answer
             assert await server.sample(session) == text
             with pytest.raises(ServiceError, match="restart of the server") as lost:

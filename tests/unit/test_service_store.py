@@ -509,21 +509,6 @@ def test_an_artifact_without_a_term_goes_with_its_checkpoint(url: str):
     asyncio.run(scenario())
 
 
-def test_a_restart_fails_artifacts_that_were_being_made(url: str):
-    async def scenario() -> None:
-        async with filled(url) as rows:
-            checkpoint = await rows.store.add_checkpoint(a_checkpoint(rows.model.id))
-            complete = await rows.store.add_artifact(an_artifact(checkpoint))
-            pending = await rows.store.add_artifact(an_artifact(checkpoint, status="pending", files=()))
-            assert await rows.store.fail_unfinished_artifacts("it was restarted") == 1
-            found = await rows.store.artifact(OWNER, pending.id)
-            assert found == replace(pending, status="error", error="it was restarted", updated_at=NOW)
-            assert await rows.store.artifact(OWNER, complete.id) == complete
-            assert [claimed.id for claimed in await rows.store.claim_unused_artifacts()] == [pending.id]
-
-    asyncio.run(scenario())
-
-
 # -- visits ------------------------------------------------------------------------------------------------------------
 
 

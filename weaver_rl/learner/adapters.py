@@ -9,7 +9,7 @@ import hashlib
 import itertools
 import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,19 +55,13 @@ class Adapters:
             self._targets = find_targets(self._policy)
         modules = self._targets.select(config)
         key = next(self._keys)
-        peft_config = LoraConfig(
-            r=config.rank,
-            lora_alpha=config.alpha,
-            lora_dropout=0.0,
-            target_modules=list(modules),
-            task_type="CAUSAL_LM",
-            base_model_name_or_path=str(self._model_dir),
-        )
-        self._inject(peft_config, key)
-        layers = {module: self._policy.model.get_submodule(module) for module in modules}
-        adapter = Adapter(self, name, config, key, layers, self._targets.head, peft_config, self._ranks)
-        adapter.initialise()
-        # PEFT makes a new adapter the active one.
+        # PEFT makes a new adapter the active one: another one must not be taken for it if this fails.
+        self.switch_to(None)
+        try:
+            adapter = self._made(name, config, key, modules, self._targets.head)
+        except BaseException:
+            self._delete(key)
+            raise
         self._by_name[name] = self._active = adapter
         self.switch_to(None)
         return adapter
@@ -78,12 +72,8 @@ class Adapters:
         if adapter is None:
             raise ConfigError(f"there is no adapter {name!r}; there are: {', '.join(self.names) or 'none'}")
         self.switch_to(None)
-        for layer in _lora_layers(self._policy.model):
-            layer.delete_adapter(adapter.key)
         del self._by_name[name]
-        if not self._by_name:
-            for _, parameter in own_parameters(self._policy.model):
-                parameter.requires_grad_(True)
+        self._delete(adapter.key)
 
     def switch_to(self, adapter: Adapter | None) -> None:
         """Make the policy compute with this adapter only, or with none."""
@@ -96,15 +86,44 @@ class Adapters:
         self._policy.head_change = None if adapter is None else adapter.head_change()
         self._active = adapter
 
+    def _made(self, name: str, config: AdapterConfig, key: str, modules: Sequence[str], head: str) -> Adapter:
+        """In its layers, and the active one in PEFT's eyes."""
+        peft_config = LoraConfig(
+            r=config.rank,
+            lora_alpha=config.alpha,
+            lora_dropout=0.0,
+            target_modules=list(modules),
+            task_type="CAUSAL_LM",
+            base_model_name_or_path=str(self._model_dir),
+        )
+        self._inject(peft_config, key)
+        layers = {module: self._policy.model.get_submodule(module) for module in modules}
+        adapter = Adapter(self, name, config, key, layers, head, peft_config, self._ranks)
+        adapter.initialise()
+        return adapter
+
+    def _delete(self, key: str) -> None:
+        """Whatever layers have it; nothing is active then. After the last one the policy's own weights are free."""
+        for layer in _lora_layers(self._policy.model):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # in place of an active one PEFT makes another one active, and says so
+                layer.delete_adapter(key)
+            layer.set_adapter([])
+        if not self._by_name:
+            for _, parameter in own_parameters(self._policy.model):
+                parameter.requires_grad_(True)
+
     def _inject(self, config: LoraConfig, key: str) -> None:
         model = self._policy.model
         with warnings.catch_warnings():
             # Of a tied embedding: it stays as it is, a merged model is written with a head of its own.
             warnings.simplefilter("ignore")
             # Without memory, so that nothing is drawn from the global generator.
-            inject_adapter_in_model(config, model, key, low_cpu_mem_usage=True)
-        # PEFT would take the next adapter for one more of the same tuner.
-        del model.peft_config
+            try:
+                inject_adapter_in_model(config, model, key, low_cpu_mem_usage=True)
+            finally:
+                # PEFT would take the next adapter for one more of the same tuner.
+                vars(model).pop("peft_config", None)
 
 
 class Adapter:

@@ -10,16 +10,13 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError
-from torch.distributed.checkpoint.api import CheckpointException
 
-from weaver_rl.errors import BatchError, CheckpointError, OtherRankError
+from weaver_rl.errors import BatchError, OtherRankError
 from weaver_rl.learner import state, validation
 from weaver_rl.learner.adapter_config import AdapterConfig
 from weaver_rl.learner.adapters import Adapters
@@ -38,6 +35,7 @@ from weaver_rl.learner.process_group import Ranks
 from weaver_rl.learner.sharding import build_policy, reshard
 from weaver_rl.learner.trained import Trained, WholePolicy
 from weaver_rl.learner.update import adamw_step, global_norm
+from weaver_rl.learner.write_errors import writing
 from weaver_rl.losses.contract import TokenLoss
 from weaver_rl.types import (
     AdamParams,
@@ -48,10 +46,6 @@ from weaver_rl.types import (
     OptimStepOutput,
 )
 
-WRITE_ERRORS = (OSError, SafetensorError, CheckpointException)
-"""What a full disk comes as, by who was writing; the last is not even an Exception."""
-MAX_REASON = 400
-"""Characters; torch puts whole tracebacks into the errors of a sharded write, the reason last."""
 DROPPED = "all gradients that this model had accumulated are dropped"
 _COUNTS = {"loss", "weights", "num_tokens", "padded_tokens"}
 """Sums that are no figures of a loss."""
@@ -121,7 +115,12 @@ class Learner:
         still computes with them. Raises ConfigError for a name that is taken and for parts that the model lacks.
         """
         learner = copy.copy(self)
-        learner._train(self._adapters.add(name, config))
+        adapter = self._adapters.add(name, config)
+        try:
+            learner._train(adapter)
+        except BaseException:
+            self._adapters.remove(name)
+            raise
         return learner
 
     def remove_adapter(self, name: str) -> None:
@@ -169,30 +168,30 @@ class Learner:
         )
         try:
             results = [self._accumulate(microbatch, loss, sum_weights, temperature) for microbatch in microbatches]
+            totals = self._totals(
+                [sums for sums, _ in results],
+                num_tokens=sum(len(datum.token_ids_N) for datum in data),
+                padded_tokens=sum(microbatch.num_tokens for microbatch in microbatches),
+            )
+            if not math.isfinite(totals["loss"]):  # on every rank: all have the same total
+                raise BatchError(f"the loss is {totals['loss']}: an input is too large for it (set a clip)")
+            metrics = _metrics(totals, len(microbatches))
+            if with_grad_norm:
+                metrics["grad_norm"] = global_norm(self._trained.summed_gradients().values())
+            return ForwardBackwardOutput(
+                loss=totals["loss"],
+                num_tokens=int(totals["num_tokens"]),
+                sum_weights=sum_weights,
+                logprobs_per_datum=_to_data(data, microbatches, [logprobs for _, logprobs in results]),
+                metrics=metrics,
+            )
+        # Up to the answer: who is told that it failed sends the data again.
         except BaseException as error:
             self.zero_grad()
             if isinstance(error, BatchError):
                 raise BatchError(f"{error}; {DROPPED}") from error
             error.add_note(f"forward_backward failed in the middle: {DROPPED}")
             raise
-        totals = self._totals(
-            [sums for sums, _ in results],
-            num_tokens=sum(len(datum.token_ids_N) for datum in data),
-            padded_tokens=sum(microbatch.num_tokens for microbatch in microbatches),
-        )
-        if not math.isfinite(totals["loss"]):
-            self.zero_grad()  # on every rank: all have the same total
-            raise BatchError(f"the loss is {totals['loss']}: an input is too large for it (set a clip); {DROPPED}")
-        metrics = _metrics(totals, len(microbatches))
-        if with_grad_norm:
-            metrics["grad_norm"] = global_norm(self._trained.summed_gradients().values())
-        return ForwardBackwardOutput(
-            loss=totals["loss"],
-            num_tokens=int(totals["num_tokens"]),
-            sum_weights=sum_weights,
-            logprobs_per_datum=_to_data(data, microbatches, [logprobs for _, logprobs in results]),
-            metrics=metrics,
-        )
 
     def optim_step(self, params: AdamParams) -> OptimStepOutput:
         """One AdamW update with what has accumulated, over all ranks; gradients are cleared."""
@@ -218,7 +217,7 @@ class Learner:
     def save_state(self, directory: Path, with_optimizer: bool = True) -> None:
         """Write weights, AdamW's state and generators; gradients that have accumulated are not part of it."""
         self._begin()
-        with _writing("the learner state", directory):
+        with writing("the learner state", directory):
             state.save(Path(directory), self._trained, self._optimizer, self._ranks, with_optimizer=with_optimizer)
 
     def load_state(self, directory: Path, with_optimizer: bool = True) -> None:
@@ -256,7 +255,7 @@ class Learner:
         An adapter is merged into what is written; one that changes a head tied to the embedding unties the two.
         """
         self._begin()
-        with _writing("the model", directory):
+        with writing("the model", directory):
             save_hf_directory(
                 self._policy.model,
                 Path(directory),
@@ -270,7 +269,7 @@ class Learner:
     def save_for_sampler(self, directory: Path) -> None:
         """Write what an engine loads: a PEFT directory for an adapter, a Hugging Face directory for a whole policy."""
         self._begin()
-        with _writing("weights for samplers", directory):
+        with writing("weights for samplers", directory):
             self._trained.save_for_sampler(Path(directory), self._compute_dtype)
         self._ranks.barrier()
 
@@ -386,12 +385,3 @@ def _to_data(
     flat: Float32Array = torch.cat([values.float() for values in logprobs]).cpu().numpy()
     ends = np.cumsum([len(values) for values in logprobs])
     return scatter_logprobs(data, microbatches, np.split(flat, ends[:-1]))
-
-
-@contextmanager
-def _writing(what: str, directory: Path) -> Iterator[None]:
-    try:
-        yield
-    except WRITE_ERRORS as error:
-        reason = " ".join(str(error).split())[-MAX_REASON:]
-        raise CheckpointError(f"cannot write {what} to {directory}: {reason}") from error

@@ -67,7 +67,7 @@ class HttpConfig(Section):
     public_url: str | None = None
     """How clients reach the server, for download links; null: as the request came."""
     max_body_mb: int = Field(default=1024, ge=1)
-    """Largest request body (MiB), JSON or tensor pack, before and after decompression."""
+    """Largest body of a forward or forward_backward (MiB), JSON or tensor pack, also decompressed; others: 4 MiB."""
     long_poll_s: float = Field(default=20.0, ge=0, le=30)
     """How long a poll of an operation that has not ended may be held."""
     submit_grace_s: float = Field(default=0.1, ge=0, le=1)
@@ -84,7 +84,7 @@ class AuthConfig(Section):
 
 
 class LimitsConfig(Section):
-    """What one API key may use at a time; more is answered with 429."""
+    """What one API key may use at a time."""
 
     requests_per_s: float = Field(default=1000.0, gt=0)
     """Requests of a key a second, on average."""
@@ -115,9 +115,11 @@ class RetentionConfig(Section):
     """When files and sessions go."""
 
     sweep_every_s: float = Field(default=30.0, gt=0)
-    """How often what has expired is removed; nothing expired is ever served meanwhile."""
+    """How often what has expired is removed; no expired weights are served meanwhile."""
     sampling_session_idle_s: float = Field(default=86400.0, gt=0)
     """A sampling session that was not used for so long ends."""
+    session_idle_s: float = Field(default=86400.0, gt=0)
+    """A model whose client sent no heartbeat, and which ran no operation, for so long is terminated."""
     download_url_s: float = Field(default=3600.0, gt=0)
     """How long a download link works."""
 

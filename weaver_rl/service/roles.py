@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -116,4 +116,8 @@ class Samplers(Protocol):
 
     async def close(self, model_id: str) -> None:
         """Frees the engine that a model trained whole had alone; it starts again when it is asked for."""
+        ...
+
+    async def close_all_but(self, model_ids: Collection[str]) -> None:
+        """Frees engines of models trained whole that are not among these and have nothing in flight."""
         ...

@@ -9,11 +9,12 @@ import hashlib
 import secrets
 import time
 import uuid
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Literal
 
-from weaver_rl.errors import ServiceError
+from weaver_rl.errors import EngineError, ServiceError
 from weaver_rl.rollout import SamplingConfig
 from weaver_rl.service.calls import LineupModel, NewSamplingSession, SampleCall
 from weaver_rl.service.operations import Operations
@@ -150,7 +151,8 @@ class Sampling:
         )
 
         async def work() -> Result:
-            group = await self._samplers.sample(weights, request, sampling)
+            async with self._still_there(session):
+                group = await self._samplers.sample(weights, request, sampling)
             return SampleResult(
                 group=group,
                 num_prompt_tokens=len(call.token_ids),
@@ -168,10 +170,20 @@ class Sampling:
         self._room(session.base_model, token_ids, "prompt", spare=0)
 
         async def work() -> Result:
-            prompt = await self._samplers.prompt_logprobs(weights, token_ids, temperature)
+            async with self._still_there(session):
+                prompt = await self._samplers.prompt_logprobs(weights, token_ids, temperature)
             return LogprobsResult(prompt=prompt, weight_version=weights.version)
 
         return await self._submit(session, "logprobs", str(uuid.uuid4()), work, render)
+
+    @asynccontextmanager
+    async def _still_there(self, session: SamplingSession) -> AsyncIterator[None]:
+        """What the engine says of weights that expired while a request waited is not the client's mistake."""
+        try:
+            yield
+        except EngineError:
+            await self._weights_of(session)
+            raise
 
     async def pause(self, session: SamplingSession, mode: PauseMode) -> None:
         """Of the engine of the session's model, which was trained whole."""
@@ -192,7 +204,9 @@ class Sampling:
 
     def _room(self, base_model: str, token_ids: Sequence[int], what: str, *, spare: int) -> int:
         """Tokens that still fit behind these."""
-        model = self._lineup[base_model]
+        model = self._lineup.get(base_model)
+        if model is None:  # it was in the configuration when the session was created
+            raise unknown_base_model(base_model, self._lineup)
         if not token_ids:
             raise ServiceError("invalid_request", f"the {what} is empty: at least one token is needed")
         if len(token_ids) + spare > model.max_length:

@@ -10,14 +10,14 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
 from weaver_rl import __version__
-from weaver_rl.errors import ServiceError
+from weaver_rl.errors import ActorFailedError, ResourcesError, ServiceError
 from weaver_rl.service.calls import (
     LineupModel,
     NewModel,
@@ -28,6 +28,7 @@ from weaver_rl.service.calls import (
     TrainingCall,
 )
 from weaver_rl.service.config import ServeConfig
+from weaver_rl.service.endings import Endings
 from weaver_rl.service.operations import Operations
 from weaver_rl.service.records import (
     Artifact,
@@ -49,6 +50,11 @@ from weaver_rl.service.training import Training
 from weaver_rl.service.weights import Weights
 from weaver_rl.types import AdamParams
 from weaver_rl.waits import current_waits
+
+TERMINATE_ANSWER_S = 5.0
+"""How long the answer to `terminate` waits for what is freed; it goes on afterwards."""
+SENT_AGAIN_WITHIN_S = 240.0
+"""The SDK sends what it had no answer to again for about that long."""
 
 
 class Service:
@@ -89,15 +95,16 @@ class Service:
             idle_s=config.retention.sampling_session_idle_s,
             clock=clock,
         )
-        self._sweeper = Sweeper(config, store, files, clock)
+        self._endings = Endings(operations, learners, samplers)
+        self._sweeper = Sweeper(config, store, files, samplers, self._endings, clock)
         self._sweeping: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
         await self._store.fail_unfinished(
             "server_restarted",
-            "the server was restarted before this operation had ended; nothing of it was kept",
+            "the server was restarted before this operation had ended; what it saved, if it came so far, is in the "
+            "list of checkpoints",
         )
-        await self._store.fail_unfinished_artifacts("the server was restarted before the export had ended")
         await self._store.mark_models_lost()
         await self._sweeper.start()
         self._sweeping = asyncio.create_task(self._sweeper.run())
@@ -107,6 +114,7 @@ class Service:
         if self._sweeping is not None:
             self._sweeping.cancel()
             await asyncio.gather(self._sweeping, return_exceptions=True)
+        await self._endings.close()
 
     # -- sessions --------------------------------------------------------------------------------------------------
 
@@ -151,13 +159,6 @@ class Service:
         if served is None:
             raise unknown_base_model(new.base_model, self._lineup)
         _check_new_model(new, served)
-        if await self._store.count_active_models(owner) >= self._config.limits.models:
-            raise ServiceError(
-                "quota_exceeded",
-                f"this key has {self._config.limits.models} active models already; terminate one",
-                status=429,
-                retryable=True,
-            )
         now = self._clock()
         seed = new.lora.seed if new.lora.seed is not None else secrets.randbits(31)
         model = Model(
@@ -174,10 +175,25 @@ class Service:
             user_metadata=new.user_metadata,
         )
         stored = await self._store.add_model(model)
-        if stored.id == model.id or _is_sent_twice(stored, model, had_seed=new.lora.seed is not None):
-            return stored
-        # Another client counts from 1 again in the same session: it asked for a model of its own.
-        return await self._store.add_model(replace(model, model_seq_id=own_number()))
+        if stored.id != model.id:
+            if _is_sent_twice(stored, model, had_seed=new.lora.seed is not None):
+                return stored
+            # Another client counts from 1 again in the same session: it asked for a model of its own.
+            model = await self._store.add_model(replace(model, model_seq_id=own_number()))
+        await self._check_quota(model)
+        return model
+
+    async def _check_quota(self, model: Model) -> None:
+        """Counted with the new one in it, so that a request sent twice is never refused for its own first try."""
+        limit = self._config.limits.models
+        if await self._store.count_active_models(model.owner) > limit:
+            await self._store.update_model(model.id, status="terminated", updated_at=self._clock())
+            raise ServiceError(
+                "quota_exceeded",
+                f"this key has {limit} active models already; terminate one",
+                status=429,
+                retryable=True,
+            )
 
     async def model(self, owner: str, model_id: str) -> Model:
         found = await self._store.model(owner, model_id)
@@ -193,27 +209,24 @@ class Service:
     ) -> Model:
         """Frees what the model has; with both it is over. Checkpoints and sampling sessions live on."""
         model = await self.model(owner, model_id)
-        if trainer:
-            if inference and model.status == "active":
-                await self._store.update_model(model_id, status="terminated", updated_at=self._clock())
-            await self._operations.cancel_model(model_id, "model_terminated", f"model {model_id} was terminated")
-            await self._learners.close(model_id)
-        if inference:
-            await self._samplers.close(model_id)
+        if trainer and inference and model.status == "active":
+            await self._store.update_model(model_id, status="terminated", updated_at=self._clock())
+        ending = self._endings.begin(model_id, trainer=trainer, inference=inference)
+        await asyncio.wait([ending], timeout=TERMINATE_ANSWER_S)
         return await self.model(owner, model_id)
 
     # -- training --------------------------------------------------------------------------------------------------
 
     async def forward(self, owner: str, model_id: str, call: TrainingCall, render: Render) -> Operation:
-        return await self._training.forward(await self.model(owner, model_id), call, render)
+        return await self._training.forward(await self._served(owner, model_id), call, render)
 
     async def forward_backward(self, owner: str, model_id: str, call: TrainingCall, render: Render) -> Operation:
-        return await self._training.forward_backward(await self.model(owner, model_id), call, render)
+        return await self._training.forward_backward(await self._served(owner, model_id), call, render)
 
     async def optim_step(
         self, owner: str, model_id: str, seq_id: int, digest: str, params: AdamParams, render: Render
     ) -> Operation:
-        return await self._training.optim_step(await self.model(owner, model_id), seq_id, digest, params, render)
+        return await self._training.optim_step(await self._served(owner, model_id), seq_id, digest, params, render)
 
     async def export_sampler(
         self,
@@ -225,7 +238,7 @@ class Service:
         ttl_seconds: int | None,
         render: Render,
     ) -> Operation:
-        model = await self.model(owner, model_id)
+        model = await self._served(owner, model_id)
         return await self._training.export_sampler(model, seq_id, digest, name, ttl_seconds, render)
 
     async def save_checkpoint(
@@ -237,17 +250,17 @@ class Service:
         ttl_seconds: int | None,
         render: Render,
     ) -> Operation:
-        return await self._training.save(await self.model(owner, model_id), kind, name, ttl_seconds, render)
+        return await self._training.save(await self._served(owner, model_id), kind, name, ttl_seconds, render)
 
     async def load_checkpoint(
         self, owner: str, model_id: str, path: str, include_optimizer: bool, render: Render
     ) -> Operation:
-        return await self._training.load(await self.model(owner, model_id), path, include_optimizer, render)
+        return await self._training.load(await self._served(owner, model_id), path, include_optimizer, render)
 
     async def export_hf(
         self, owner: str, model_id: str, merge_adapter: bool, ttl_seconds: int | None, render: Render
     ) -> Operation:
-        return await self._training.export_hf(await self.model(owner, model_id), merge_adapter, ttl_seconds, render)
+        return await self._training.export_hf(await self._served(owner, model_id), merge_adapter, ttl_seconds, render)
 
     async def export_checkpoint(
         self,
@@ -260,6 +273,13 @@ class Service:
     ) -> Operation | Artifact:
         checkpoint = await self._weights.checkpoint(owner, checkpoint_id)
         return await self._training.export_checkpoint(checkpoint, merge_adapter, ttl_seconds, force, render)
+
+    async def _served(self, owner: str, model_id: str) -> Model:
+        """A model whose base is still in the lineup."""
+        model = await self.model(owner, model_id)
+        if model.base_model not in self._lineup:
+            raise unknown_base_model(model.base_model, self._lineup)
+        return model
 
     def receiving(self, owner: str, model_id: str) -> AbstractContextManager[None]:
         """A request body of that model is arriving: missing seq_ids are waited for meanwhile."""
@@ -319,10 +339,12 @@ class Service:
         return await self._sampling.logprobs(session, token_ids, temperature, render)
 
     async def pause_generation(self, owner: str, sampling_session_id: str, mode: PauseMode) -> None:
-        await self._sampling.pause(await self.sampling_session(owner, sampling_session_id), mode)
+        with _told():
+            await self._sampling.pause(await self.sampling_session(owner, sampling_session_id), mode)
 
     async def continue_generation(self, owner: str, sampling_session_id: str) -> None:
-        await self._sampling.resume(await self.sampling_session(owner, sampling_session_id))
+        with _told():
+            await self._sampling.resume(await self.sampling_session(owner, sampling_session_id))
 
     def health(self) -> Mapping[str, Any]:
         """For people and probes: that it lives, and what it waits for just now."""
@@ -334,13 +356,26 @@ class Service:
         }
 
 
+@contextmanager
+def _told() -> Iterator[None]:
+    """Failures of actors, as an answer to a request that is no operation."""
+    try:
+        yield
+    except ResourcesError as error:
+        raise ServiceError("no_capacity", str(error), status=503, retryable=True) from error
+    except ActorFailedError as error:
+        raise ServiceError("backend_lost", str(error), status=503, retryable=True) from error
+
+
 def _is_sent_twice(first: Model, second: Model, *, had_seed: bool) -> bool:
-    """Whether `second` is the request of `first` sent again: the same, and nobody has used the model yet."""
+    """Whether `second` is the request of `first` sent again: the same, soon, and nobody has used the model yet."""
 
     def request(model: Model) -> tuple[Any, ...]:
         lora = model.lora if model.lora is None or had_seed else replace(model.lora, seed=None)
         return model.base_model, model.training_mode, lora, model.max_length, model.user_metadata
 
+    if second.created_at - first.created_at > SENT_AGAIN_WITHIN_S:
+        return False
     is_unused = first.status == "active" and first.training_state == "fresh" and first.last_seq_id == 0
     return is_unused and request(first) == request(second)
 

@@ -149,6 +149,11 @@ class Store:
         changes = {name: value for name, value in given.items() if value is not None} | {"updated_at": updated_at}
         return await self._write(partial(statements.update_model, model_id=model_id, changes=changes))
 
+    async def terminate_models_idle_since(self, before: float) -> tuple[Model, ...]:
+        """Active ones whose session had no heartbeat, and which ran and changed nothing, since then; as they were."""
+        work = partial(statements.terminate_models_idle_since, before=before, at=self._clock())
+        return await self._write(work)
+
     async def mark_models_lost(self) -> int:
         """At the start of a server: active models that were `trained` are `lost` with the learner. How many."""
         return await self._write(partial(statements.mark_models_lost, at=self._clock()))
@@ -257,10 +262,6 @@ class Store:
             partial(files.artifacts_of, owner=owner, checkpoint_id=checkpoint_id, now=self._clock())
         )
 
-    async def fail_unfinished_artifacts(self, message: str) -> int:
-        """At the start of a server. How many."""
-        return await self._write(partial(files.fail_unfinished_artifacts, message=message, now=self._clock()))
-
     async def claim_unused_artifacts(self) -> tuple[Artifact, ...]:
         """Deleted or failed ones, each once: their files are to be removed now."""
         return await self._write(files.claim_unused_artifacts)
@@ -298,6 +299,10 @@ class Store:
     async def delete_sampling_session(self, sampling_session_id: str) -> bool:
         """False: it was not there. Of a sampling session that the caller has looked up."""
         return await self._write(partial(statements.delete_sampling_session, sampling_session_id=sampling_session_id))
+
+    async def models_sampled_from(self) -> set[str]:
+        """Those that sampling sessions are of."""
+        return await self._read(statements.models_sampled_from)
 
     async def delete_idle_sampling_sessions(self, before: float) -> tuple[SamplingSession, ...]:
         """Those last used before; they are gone then."""

@@ -109,11 +109,6 @@ def artifacts_of(connection: Connection, owner: str, checkpoint_id: str, now: fl
     return find_all(connection, artifacts, Artifact, own, order=newest_first(artifacts))
 
 
-def fail_unfinished_artifacts(connection: Connection, message: str, now: float) -> int:
-    values = {"status": "error", "error": message, "updated_at": now}
-    return connection.execute(update(artifacts).where(artifacts.c.status == "pending").values(**values)).rowcount
-
-
 def claim_unused_artifacts(connection: Connection) -> tuple[Artifact, ...]:
     unused = and_(artifacts.c.status.in_(("deleted", "error")), artifacts.c.files_removed.is_(False))
     claimed = find_all(connection, artifacts, Artifact, unused)

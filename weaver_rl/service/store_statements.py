@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
-from sqlalchemy import ColumnElement, Connection, Table, and_, delete, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Table, and_, delete, exists, func, insert, or_, select, update
 
 from weaver_rl.errors import ServiceError
 from weaver_rl.service.records import Checkpoint, Model, SamplingSession, Session, SessionMetric
@@ -16,6 +16,7 @@ from weaver_rl.service.store_tables import (
     checkpoints,
     models,
     names_of,
+    operations,
     record_of,
     row_of,
     sampling_sessions,
@@ -99,7 +100,8 @@ def models_page(connection: Connection, owner: str, limit: int, offset: int) -> 
 
 
 def count_active_models(connection: Connection, owner: str) -> int:
-    active = and_(models.c.owner == owner, models.c.status == "active")
+    # One that is lost has nothing in a learner; its owner may not even know that it is still there.
+    active = and_(models.c.owner == owner, models.c.status == "active", models.c.training_state != "lost")
     return connection.execute(select(func.count()).select_from(models).where(active)).scalar_one()
 
 
@@ -112,6 +114,15 @@ def mark_models_lost(connection: Connection, at: float) -> int:
     """Active ones whose weights were in a learner."""
     gone = and_(models.c.status == "active", models.c.training_state == "trained")
     return connection.execute(update(models).where(gone).values(training_state="lost", updated_at=at)).rowcount
+
+
+def terminate_models_idle_since(connection: Connection, before: float, at: float) -> tuple[Model, ...]:
+    silent = exists().where(sessions.c.id == models.c.session_id, sessions.c.last_seen_at < before)
+    busy = exists().where(operations.c.model_id == models.c.id, operations.c.created_at >= before)
+    idle = and_(models.c.status == "active", models.c.updated_at < before, silent, ~busy)
+    found = find_all(connection, models, Model, idle)
+    connection.execute(update(models).where(idle).values(status="terminated", updated_at=at))
+    return found
 
 
 def raise_last_seq_id(connection: Connection, model_id: str, seq_id: int) -> None:
@@ -156,6 +167,11 @@ def touch_sampling_session(connection: Connection, sampling_session_id: str, at:
 def delete_sampling_session(connection: Connection, sampling_session_id: str) -> bool:
     this = sampling_sessions.c.id == sampling_session_id
     return connection.execute(delete(sampling_sessions).where(this)).rowcount > 0
+
+
+def models_sampled_from(connection: Connection) -> set[str]:
+    of = sampling_sessions.c.model_id
+    return set(connection.execute(select(of).where(of.is_not(None)).distinct()).scalars())
 
 
 def delete_idle_sampling_sessions(connection: Connection, before: float) -> tuple[SamplingSession, ...]:

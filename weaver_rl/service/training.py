@@ -1,6 +1,6 @@
 """What runs in a learner: a model's operations, one after the other, and what is saved and loaded of it.
 
-It knows who may do what to a model, and what is lost with a learner; not where learners run.
+It knows what each operation does to a model; not where learners run, nor who owns what.
 """
 
 from __future__ import annotations
@@ -9,14 +9,14 @@ import asyncio
 import shutil
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from weaver_rl.errors import LearnerLostError, ServiceError
+from weaver_rl.errors import ServiceError
 from weaver_rl.service.calls import TrainingCall
+from weaver_rl.service.model_states import ModelStates
 from weaver_rl.service.operations import Operations
 from weaver_rl.service.records import (
     Artifact,
@@ -38,6 +38,7 @@ from weaver_rl.service.results import (
 )
 from weaver_rl.service.roles import Learners, ModelLearner
 from weaver_rl.service.store import Store
+from weaver_rl.service.weaver_paths import check_name, parse_checkpoint_path
 from weaver_rl.service.weights import Weights
 from weaver_rl.types import AdamParams, Float32Array, Int64Array
 
@@ -59,17 +60,16 @@ class Training:
         weights: Weights,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._store = store
         self._operations = operations
         self._learners = learners
         self._weights = weights
         self._clock = clock
+        self._states = ModelStates(store, learners, weights, clock)
 
     async def forward(self, model: Model, call: TrainingCall, render: Render) -> Operation:
-        _check_lengths(model, call)
-
         async def work() -> Result:
-            async with self._learner(model) as learner:
+            _check_lengths(model, call)
+            async with self._states.in_learner(model) as learner:
                 output = await learner.forward(call.request.data, call.request.temperature)
             metrics = {"tokens": float(_num_tokens(call))}
             return _training_result(call, output.logprobs_per_datum, metrics)
@@ -77,13 +77,13 @@ class Training:
         return await self._submit(model, "forward", work, render, call.seq_id, call.digest)
 
     async def forward_backward(self, model: Model, call: TrainingCall, render: Render) -> Operation:
-        _check_lengths(model, call)
         loss = call.request.loss
         if loss is None:
             raise ServiceError("invalid_request", f"{call.request.name} has no backward; send it to forward-passes")
 
         async def work() -> Result:
-            async with self._learner(model, changes=True) as learner:
+            _check_lengths(model, call)
+            async with self._states.in_learner(model, changes=True) as learner:
                 output = await learner.forward_backward(call.request.data, loss, call.request.temperature)
             metrics = {
                 "loss": output.loss,
@@ -97,12 +97,12 @@ class Training:
 
     async def optim_step(self, model: Model, seq_id: int, digest: str, params: AdamParams, render: Render) -> Operation:
         async def work() -> Result:
-            async with self._learner(model, changes=True) as learner:
+            async with self._states.in_learner(model, changes=True) as learner:
+                num_steps = (await self._states.current(model)).num_steps + 1
                 output = await learner.optim_step(params)
-                now = await self._current(model)
-                await self._update(model, num_steps=now.num_steps + 1)
+                await self._states.record(model, num_steps=num_steps)
             metrics = {"grad_norm": output.grad_norm, "learning_rate": output.learning_rate}
-            return OptimResult(num_steps=now.num_steps + 1, metrics=metrics)
+            return OptimResult(num_steps=num_steps, metrics=metrics)
 
         return await self._submit(model, "optim_step", work, render, seq_id, digest)
 
@@ -112,7 +112,7 @@ class Training:
         self, model: Model, seq_id: int, digest: str, name: str | None, ttl_seconds: int | None, render: Render
     ) -> Operation:
         chosen = name if name is not None else f"sampler-{uuid.uuid4().hex[:12]}"
-        await self._weights.check_free(model, chosen, "sampling")
+        check_name(chosen)
         work = self._saving(model, chosen, "sampling", ttl_seconds)
         return await self._submit(model, "export_sampler", work, render, seq_id, digest)
 
@@ -120,12 +120,12 @@ class Training:
         self, model: Model, kind: CheckpointKind, name: str | None, ttl_seconds: int | None, render: Render
     ) -> Operation:
         chosen = name if name is not None else f"{kind.replace('_', '-')}-{uuid.uuid4().hex[:12]}"
-        await self._weights.check_free(model, chosen, kind)
+        check_name(chosen)
         return await self._submit(model, "save", self._saving(model, chosen, kind, ttl_seconds), render)
 
     def _saving(self, model: Model, name: str, kind: CheckpointKind, ttl_seconds: int | None) -> Work:
         async def work() -> Result:
-            async with self._learner(model) as learner:
+            async with self._states.in_learner(model) as learner:
                 checkpoint = await self._save(model, learner, name, kind, ttl_seconds)
             return CheckpointResult(checkpoint=checkpoint)
 
@@ -140,28 +140,34 @@ class Training:
             else:
                 await learner.save_state(directory, with_optimizer=kind == "weight_and_optimizer")
 
-        current = await self._current(model)
+        current = await self._states.current(model)
         await self._weights.check_free(current, name, kind)
         return await self._weights.save(current, name=name, kind=kind, ttl_seconds=ttl_seconds, write=write)
 
     async def load(self, model: Model, path: str, include_optimizer: bool, render: Render) -> Operation:
+        parse_checkpoint_path(path)
+
+        async def work() -> Result:
+            # Here and not before: a checkpoint that is saved by an operation in front of this one can be loaded.
+            checkpoint = await self._loadable(model, path, include_optimizer)
+            directory = self._weights.state_directory(checkpoint)
+            async with self._states.in_learner(model, changes=True, reloads=True) as learner:
+                await learner.load_state(directory, with_optimizer=include_optimizer)
+                await self._states.record(model, num_steps=checkpoint.num_steps)
+            return LoadResult(path=path, num_steps=checkpoint.num_steps, with_optimizer=include_optimizer)
+
+        return await self._submit(model, "load", work, render)
+
+    async def _loadable(self, model: Model, path: str, include_optimizer: bool) -> Checkpoint:
         checkpoint = await self._weights.at_path(model.owner, path)
         _check_same_shape(model, checkpoint)
-        directory = self._weights.state_directory(checkpoint)
-        if include_optimizer and checkpoint.kind != "weight_and_optimizer":
+        if include_optimizer and checkpoint.kind == "weight":
             raise ServiceError(
                 "invalid_request",
                 f"{path} was saved without the optimizer (type {checkpoint.kind}); load it without, or save with type "
                 "weight_and_optimizer",
             )
-
-        async def work() -> Result:
-            async with self._learner(model, changes=True, may_be_lost=True) as learner:
-                await learner.load_state(directory, with_optimizer=include_optimizer)
-                await self._update(model, num_steps=checkpoint.num_steps, training_state="trained")
-            return LoadResult(path=path, num_steps=checkpoint.num_steps, with_optimizer=include_optimizer)
-
-        return await self._submit(model, "load", work, render)
+        return checkpoint
 
     # -- artifacts -------------------------------------------------------------------------------------------------
 
@@ -170,7 +176,7 @@ class Training:
         kind = _artifact_kind(model.training_mode, merge_adapter)
 
         async def work() -> Result:
-            async with self._learner(model) as learner:
+            async with self._states.in_learner(model) as learner:
                 name = f"export-{uuid.uuid4().hex[:12]}"
                 checkpoint = await self._save(model, learner, name, "weight", ttl_seconds)
                 write = learner.save_hf if kind == "hf_model" else learner.save_for_sampler
@@ -188,6 +194,7 @@ class Training:
             return ready
 
         async def work() -> Result:
+            await self._weights.checkpoint(checkpoint.owner, checkpoint.id)  # it may have expired meanwhile
             write = self._merging(checkpoint) if merge_adapter else self._copying(checkpoint)
             return ArtifactResult(artifact=await self._weights.make_artifact(checkpoint, kind, ttl_seconds, write))
 
@@ -206,8 +213,10 @@ class Training:
 
         async def write(directory: Path) -> None:
             guest = f"export-{uuid.uuid4()}"
-            learner = await self._learners.open(guest, checkpoint.base_model, checkpoint.training_mode, checkpoint.lora)
             try:
+                learner = await self._learners.open(
+                    guest, checkpoint.base_model, checkpoint.training_mode, checkpoint.lora
+                )
                 await learner.load_state(self._weights.state_directory(checkpoint), with_optimizer=False)
                 await learner.save_hf(directory)
             finally:
@@ -215,63 +224,7 @@ class Training:
 
         return write
 
-    # -- the learner -----------------------------------------------------------------------------------------------
-
-    @asynccontextmanager
-    async def _learner(
-        self, created: Model, *, changes: bool = False, may_be_lost: bool = False
-    ) -> AsyncIterator[ModelLearner]:
-        """The model in its learner. `changes`: from here on it is more than what it was created or loaded as."""
-        model = await self._current(created)
-        try:
-            learner = await self._in_learner(model, may_be_lost)
-            if changes and model.training_state == "fresh":
-                await self._update(model, training_state="trained")
-            yield learner
-        except LearnerLostError as error:
-            if model.training_state == "trained" or changes:
-                await self._update(model, training_state="lost")
-                hint = await self._advice(model)
-            else:
-                hint = "Nothing of the model was lost: call it again."
-            raise ServiceError(
-                "learner_lost",
-                f"{error}. {hint}",
-                status=503,
-                retryable=model.training_state == "fresh" and not changes,
-            ) from error
-
-    async def _in_learner(self, model: Model, may_be_lost: bool) -> ModelLearner:
-        if model.training_state == "fresh" or may_be_lost:
-            return await self._learners.open(model.id, model.base_model, model.training_mode, model.lora)
-        # Never `open`: a trained model that is not there any more would come back untrained, without a word.
-        learner = self._learners.get(model.id)
-        if learner is None or model.training_state == "lost":
-            await self._update(model, training_state="lost")
-            raise ServiceError(
-                "model_state_lost",
-                "the weights that this model was trained to were lost with its learner or with a restart of the "
-                f"server. {await self._advice(model)}",
-                status=409,
-            )
-        return learner
-
-    async def _update(self, model: Model, **changes: Any) -> None:
-        await self._store.update_model(model.id, updated_at=self._clock(), **changes)
-
-    async def _current(self, model: Model) -> Model:
-        """As it is now, when the operation runs."""
-        current = await self._store.model(model.owner, model.id)
-        if current is None or current.status != "active":
-            raise ServiceError("model_terminated", f"model {model.id} was terminated", status=409)
-        return current
-
-    async def _advice(self, model: Model) -> str:
-        saved = [c for c in await self._weights.checkpoints(model.owner, model.id) if c.kind != "sampling"]
-        if not saved:
-            return "It has no checkpoint to load: create a new model."
-        newest = max(saved, key=lambda checkpoint: checkpoint.created_at)
-        return f"Load a checkpoint to go on; the newest is {newest.path} (after {newest.num_steps} steps)."
+    # -- submitting ------------------------------------------------------------------------------------------------
 
     async def _submit(
         self,

@@ -7,7 +7,6 @@ import json
 import time
 import uuid
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from pathlib import Path
 
 from weaver_rl.errors import ServiceError
@@ -71,7 +70,11 @@ class Weights:
             ttl_seconds=ttl_seconds,
             expires_at=None if ttl_seconds is None else now + ttl_seconds,
         )
-        return await self._store.add_checkpoint(checkpoint)
+        try:
+            return await self._store.add_checkpoint(checkpoint)
+        except ServiceError:
+            await self._files.remove_checkpoint(checkpoint_id)
+            raise
 
     async def checkpoints(self, owner: str, model_id: str) -> tuple[Checkpoint, ...]:
         """Those that have not expired, newest first."""
@@ -98,8 +101,10 @@ class Weights:
         if checkpoint.model_id != model_id:
             raise ServiceError("not_found", f"model {model_id} has no checkpoint {path}", status=404)
         expires_at = None if ttl_seconds is None else self._clock() + ttl_seconds
-        await self._store.set_checkpoint_ttl(checkpoint.id, ttl_seconds, expires_at)
-        return replace(checkpoint, ttl_seconds=ttl_seconds, expires_at=expires_at)
+        changed = await self._store.set_checkpoint_ttl(checkpoint.id, ttl_seconds, expires_at)
+        if changed is None:
+            raise ServiceError("not_found", f"checkpoint {path} has just expired or was replaced", status=404)
+        return changed
 
     def state_directory(self, checkpoint: Checkpoint) -> Path:
         """What a learner loads of it. Raises ServiceError for one that is for samplers only."""
@@ -147,7 +152,11 @@ class Weights:
             ttl_seconds=ttl_seconds,
             expires_at=None if ttl_seconds is None else now + ttl_seconds,
         )
-        return await self._store.add_artifact(artifact)
+        try:
+            return await self._store.add_artifact(artifact)
+        except ServiceError:
+            await self._files.remove_artifact(artifact_id)
+            raise
 
     async def artifacts(self, owner: str, checkpoint_id: str) -> tuple[Artifact, ...]:
         """Of a checkpoint, which may be gone already: artifacts live on their own."""
