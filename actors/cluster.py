@@ -266,11 +266,24 @@ async def reserve(name: str, bundles: Sequence[Mapping[str, float]], timeout_s: 
     Raises:
         ResourcesError: there is no room within `timeout_s`; says what is missing.
     """
-    group: PlacementGroup = placement_group([dict(bundle) for bundle in bundles], strategy="PACK")
-    if not await _placed(group, range(len(bundles)), timeout_s):
-        remove_placement_group(group)
-        raise ResourcesError(_no_room(name, bundles))
+    # Its own task: cancelled, the thread would still make the group, and nobody would give it back.
+    making = asyncio.create_task(
+        asyncio.to_thread(placement_group, [dict(bundle) for bundle in bundles], strategy="PACK")
+    )
+    try:
+        group: PlacementGroup = await asyncio.shield(making)
+        if not await _placed(group, range(len(bundles)), timeout_s):
+            raise ResourcesError(await asyncio.to_thread(_no_room, name, bundles))
+    except BaseException:
+        await asyncio.shield(_take_back(making))
+        raise
     return group
+
+
+async def _take_back(making: asyncio.Task[PlacementGroup]) -> None:
+    await asyncio.wait([making])
+    if making.exception() is None:
+        await asyncio.to_thread(remove_placement_group, making.result())
 
 
 def _no_room(name: str, bundles: Sequence[Mapping[str, float]]) -> str:

@@ -17,4 +17,4 @@ async def end_actor(actor: Any, *, kill: bool = False) -> None:
         # A dead or stuck actor does not answer.
         await asyncio.to_thread(ray.wait, [actor.close.remote()], timeout=CLOSE_TIMEOUT_S)
     with contextlib.suppress(ValueError, ray.exceptions.RayError):
-        ray.kill(actor, no_restart=True)
+        await asyncio.to_thread(ray.kill, actor, no_restart=True)

@@ -59,6 +59,10 @@ class Heartbeat:
     """Engine steps so far."""
     is_busy: bool
     """Groups or scores are in flight, and the engine should be stepping."""
+    is_closed: bool = False
+    """The engine takes nothing any more."""
+    num_failed_in_a_row: int = 0
+    """Engine steps that failed since the last good one."""
 
 
 class Sampler:
@@ -175,7 +179,12 @@ class Sampler:
         """Answers while the process lives, whatever its engine does."""
         # A load has a deadline of its own, and no engine step comes before its end.
         is_busy = self._loop.is_busy and not self._num_loading
-        return Heartbeat(num_steps=self._loop.num_steps, is_busy=is_busy)
+        return Heartbeat(
+            num_steps=self._loop.num_steps,
+            is_busy=is_busy,
+            is_closed=self._loop.is_closed,
+            num_failed_in_a_row=self._loop.num_failed_in_a_row,
+        )
 
     def identity(self) -> Identity:
         """Which process this is."""

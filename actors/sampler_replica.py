@@ -21,6 +21,8 @@ from weaver_rl.types import Float32Array, GroupSample, PublishedWeights, SampleR
 from weaver_rl.waits import current_waits
 
 ANSWER_MARGIN_S = 10.0
+MAX_FAILED_STEPS = 3
+"""Failed engine steps in a row after which the engine is as good as lost."""
 
 
 class RaySampler:
@@ -70,12 +72,17 @@ class RaySampler:
         return scored
 
     async def check(self) -> None:
+        """Raises ActorFailedError when the sampler must be replaced: it does not answer, or its engine is of no use."""
         heartbeat: Heartbeat = await answer(
             self._actor.heartbeat.remote(),
             actor=self.name,
             doing="answering whether it lives",
             timeout_s=self._unresponsive_after_s,
         )
+        if heartbeat.is_closed:
+            raise ActorFailedError(f"{self.name} lives and its engine has ended")
+        if heartbeat.num_failed_in_a_row >= MAX_FAILED_STEPS:
+            raise ActorFailedError(f"{self.name} has failed {heartbeat.num_failed_in_a_row} engine steps in a row")
         now = time.monotonic()
         if not heartbeat.is_busy or heartbeat.num_steps != self._num_steps:
             self._num_steps, self._stepped_at = heartbeat.num_steps, now

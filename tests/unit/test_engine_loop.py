@@ -9,7 +9,7 @@ import pytest
 from fake_engine import SAMPLING, WAIT_S, FakeEngine, Rig, ids, request
 
 from weaver_rl.engines.loop import EngineLoop
-from weaver_rl.errors import EngineError
+from weaver_rl.errors import EngineError, EngineLostError
 
 pytestmark = pytest.mark.unit
 
@@ -197,7 +197,39 @@ def test_an_engine_that_cannot_be_built_fails_the_starter_and_whoever_came_early
         loop.submit([request("b")], SAMPLING)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_failed_steps_in_a_row_are_counted_until_a_good_one(rig: Rig):
+    for num in (1, 2):
+        rig.engine.fail_next_step = RuntimeError("device-side assert")
+        with pytest.raises(EngineLostError):
+            rig.submit("a")[0].result(WAIT_S)
+        rig.loop.call(lambda engine: None).result(WAIT_S)
+        assert rig.loop.num_failed_in_a_row == num
+    assert ids(rig.submit("a")) == ["a"]
+    assert rig.loop.num_failed_in_a_row == 0
+
+
+def test_an_engine_that_cannot_be_cleared_after_a_failed_step_ends_and_says_so(
+    rig: Rig, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+):
+    def broken() -> list[str]:
+        raise RuntimeError("sticky")
+
+    monkeypatch.setattr(rig.engine, "abort_all", broken)
+    first = rig.hold("a")
+    late = rig.submit("b")
+    assert not rig.loop.is_closed
+    rig.engine.fail_next_step = RuntimeError("device-side assert")
+    rig.engine.gate.set()
+    with pytest.raises(EngineLostError, match="the engine step failed: RuntimeError: device-side assert"):
+        first[0].result(WAIT_S)
+    with pytest.raises(EngineLostError, match="ended: RuntimeError: sticky"):
+        late[0].result(WAIT_S)
+    rig.loop._thread.join(WAIT_S)
+    assert rig.loop.is_closed
+    assert not rig.loop.is_busy
+    assert "the thread of the engine ended" in caplog.text
+
+
 def test_a_thread_that_dies_tells_everybody(rig: Rig):
     futures = rig.hold("a")
     rig.engine.fail_next_step = SystemExit(3)

@@ -147,8 +147,8 @@ def errors_in_code() -> Iterator[tuple[str, int | None, bool | None]]:
                 yield constant(given["code"]), None, None
 
 
-ELSEWHERE = {"method_not_allowed", "server_restarted"}
-"""Codes that no such call names: of the framework's own refusals, and of a restart."""
+ELSEWHERE = {"method_not_allowed", "server_restarted", "trainer_terminated"}
+"""Codes that no such call names: of the framework's own refusals, of a restart, of an end that leaves the model."""
 
 
 def codes(cell: str) -> list[str]:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from virtual_clock import run_virtually
 
+from weaver_rl.errors import EngineLostError
 from weaver_rl.service.weight_turns import WeightTurns
 
 pytestmark = pytest.mark.unit
@@ -37,7 +38,7 @@ class Engine:
         self.held = key
         self.loads.append(key)
 
-    async def use(self, turns: WeightTurns[str], key: str, seconds: float) -> float:
+    async def use(self, turns: WeightTurns[str, None], key: str, seconds: float) -> float:
         async with turns.using(key):
             self.users += 1
             try:
@@ -111,6 +112,33 @@ def test_an_engine_that_was_lost_is_given_its_weights_again():
         turns.forget()
         await engine.use(turns, "a", 0.1)
         assert engine.loads == ["a", "a"]
+
+    virtually(main())
+
+
+def test_weights_that_an_engine_was_loading_when_it_was_lost_are_in_no_engine():
+    """The answer of the load has come; the loss is noticed before who waits for it goes on."""
+
+    async def main() -> None:
+        engine, used = Engine(), []
+
+        async def load(key: str) -> str:
+            await engine.load(key)
+            if len(engine.loads) == 1:
+                turns.forget()
+            return f"engine {len(engine.loads)}"
+
+        turns = WeightTurns("engine", load)
+
+        async def use(key: str) -> None:
+            async with turns.using(key) as which:
+                used.append(which)
+
+        with pytest.raises(EngineLostError, match="lost while weights were loaded"):
+            await use("a")
+        await use("a")
+        await use("a")
+        assert (engine.loads, used) == (["a", "a"], ["engine 2", "engine 2"])
 
     virtually(main())
 

@@ -6,6 +6,7 @@ Loop: produces finished groups; waits for commands when the engine is idle, held
 from __future__ import annotations
 
 import contextlib
+import logging
 import queue
 import sys
 import threading
@@ -18,6 +19,8 @@ from typing import Any, Literal, Protocol, TypeVar, get_args
 from weaver_rl.errors import EngineError, EngineLostError
 from weaver_rl.rollout import SamplingConfig
 from weaver_rl.types import Adapter, Float32Array, GroupSample, SampleRequest
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -84,6 +87,7 @@ class EngineLoop:
         self._scores: dict[str, Future[Float32Array]] = {}
         self._closed = False
         self._num_steps = 0
+        self._num_failed_in_a_row = 0
         self._is_held = False
         self._is_paused = False
         # Whatever is sent before `_closed` is in the queue when the thread empties it for the last time.
@@ -218,6 +222,16 @@ class EngineLoop:
         return self._num_steps
 
     @property
+    def num_failed_in_a_row(self) -> int:
+        """Engine steps that failed since the last good one: an engine on which every step fails needs another."""
+        return self._num_failed_in_a_row
+
+    @property
+    def is_closed(self) -> bool:
+        """Nothing is taken any more: it was closed, or its thread ended."""
+        return self._closed
+
+    @property
     def is_busy(self) -> bool:
         """Whether groups or scores are in flight and nothing keeps the engine from stepping."""
         return bool(self._groups or self._scores) and not self._is_held and not self._is_paused
@@ -249,13 +263,17 @@ class EngineLoop:
             self._fail_all(EngineLostError(f"the engine did not start: {error}"))
             return
         self._started.set_result(None)
+        end = "was closed"
         try:
             while not self._closed:
                 self._run_commands()
                 if self._may_step() and not self._closed:
                     self._step()
+        except BaseException as error:  # noqa: BLE001 - boundary: who waits is told, and `is_closed` says it to who asks
+            log.exception("%s: the thread of the engine ended", self._engine.name)
+            end = f"ended: {type(error).__name__}: {error}"
         finally:
-            self._fail_all(EngineLostError(f"{self._engine.name} was closed"))
+            self._fail_all(EngineLostError(f"{self._engine.name} {end}"))
             self._engine.close()
 
     def _fail_all(self, error: EngineError) -> None:
@@ -285,13 +303,16 @@ class EngineLoop:
         try:
             finished = self._engine.step()
         except Exception as error:  # noqa: BLE001 - boundary: a failed step fails what was in it, and is reported
-            self._engine.abort_all()
+            self._num_failed_in_a_row += 1
             self._fail_in_flight(
                 EngineLostError(f"{self._engine.name}: the engine step failed: {type(error).__name__}: {error}")
             )
+            # What raises here ends the thread: the engine still holds groups that nobody knows any more.
+            self._engine.abort_all()
             return
         finally:
             self._num_steps += 1
+        self._num_failed_in_a_row = 0
         for sample in finished:
             self._groups.pop(sample.group_id).future.set_result(sample)
         for score_id in list(self._scores):

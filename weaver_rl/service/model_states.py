@@ -93,7 +93,7 @@ class ModelStates:
                 log.warning("model %s: %s", model.id, error)
                 if not left:
                     raise ServiceError(
-                        "storage_unavailable",
+                        "not_recorded",
                         f"the operation was applied, but recording it failed: {error.message}. The model's step count "
                         "is one too low from here on",
                         status=503,

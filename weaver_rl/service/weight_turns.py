@@ -12,12 +12,14 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
+from weaver_rl.errors import EngineLostError
 from weaver_rl.waits import current_waits
 
 K = TypeVar("K", bound=Hashable)
+E = TypeVar("E")
 
 
-class WeightTurns(Generic[K]):
+class WeightTurns(Generic[K, E]):
     """Lets requests with the same weights run side by side, and those with different weights take turns.
 
     Requests with the current weights join while nobody else waits, or until somebody else has waited for `turn_s`;
@@ -25,14 +27,14 @@ class WeightTurns(Generic[K]):
 
     Args:
         name: what waits call the engine.
-        load: puts weights into the engine; called with nothing in flight.
+        load: puts weights into the engine and returns which engine that was; called with nothing in flight.
         turn_s: how long a turn may go on while somebody else waits.
     """
 
     def __init__(
         self,
         name: str,
-        load: Callable[[K], Awaitable[None]],
+        load: Callable[[K], Awaitable[E]],
         *,
         turn_s: float = 1.0,
         clock: Callable[[], float] | None = None,
@@ -41,41 +43,49 @@ class WeightTurns(Generic[K]):
         self._load = load
         self._turn_s = turn_s
         self._clock = clock
-        self._current: K | None = None
-        self._loading = False
+        self._current: tuple[K, E] | None = None
+        self._epoch = 0
+        self._changing: asyncio.Task[None] | None = None
         self._num_in_flight = 0
-        self._waiting: OrderedDict[K, tuple[float, list[asyncio.Future[None]]]] = OrderedDict()
+        self._waiting: OrderedDict[K, tuple[float, list[asyncio.Future[E]]]] = OrderedDict()
 
     def forget(self) -> None:
-        """The engine was lost: whatever it held is gone."""
+        """The engine was lost: whatever it held is gone, and what it is loading now will be in no engine."""
         self._current = None
+        self._epoch += 1
 
     @contextlib.asynccontextmanager
-    async def using(self, key: K) -> AsyncIterator[None]:
-        """For the length of the block the engine holds the weights of `key`. Raises what loading them raised."""
-        if not self._may_join(key):
-            await self._wait_for_turn(key)
-        else:
+    async def using(self, key: K) -> AsyncIterator[E]:
+        """The engine that holds the weights of `key`, for the length of the block; what was forgotten since may be
+        lost. Raises what loading them raised, EngineLostError when the engine was forgotten meanwhile.
+        """
+        if self._current is not None and self._may_join(key):
+            engine = self._current[1]
             self._num_in_flight += 1
+        else:
+            engine = await self._wait_for_turn(key)
         try:
-            yield
+            yield engine
         finally:
             self._num_in_flight -= 1
             self._next_turn()
 
     def _may_join(self, key: K) -> bool:
-        if key != self._current or self._loading:
+        if not self._holds(key) or self._changing is not None:
             return False
         return not self._waiting or self._now() - next(iter(self._waiting.values()))[0] < self._turn_s
 
-    async def _wait_for_turn(self, key: K) -> None:
-        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+    def _holds(self, key: K) -> bool:
+        return self._current is not None and self._current[0] == key
+
+    async def _wait_for_turn(self, key: K) -> E:
+        turn: asyncio.Future[E] = asyncio.get_running_loop().create_future()
         _, queue = self._waiting.setdefault(key, (self._now(), []))
         queue.append(turn)
         self._next_turn()
         try:
             with current_waits().waiting(self._name, "lets other weights have their turn"):
-                await turn
+                return await turn
         except asyncio.CancelledError:
             if turn.done() and not turn.cancelled() and turn.exception() is None:
                 self._num_in_flight -= 1  # it was given a turn that nobody takes
@@ -87,40 +97,39 @@ class WeightTurns(Generic[K]):
             raise
 
     def _next_turn(self) -> None:
-        if self._num_in_flight or self._loading or not self._waiting:
+        if self._num_in_flight or self._changing is not None or not self._waiting:
             return
         key, (_, queue) = self._waiting.popitem(last=False)
-        if key == self._current:
-            self._admit(queue)
+        if self._current is not None and self._holds(key):
+            self._admit(queue, self._current[1])
             return
-        self._loading = True
-        task = asyncio.get_running_loop().create_task(self._change(key, queue))
-        task.add_done_callback(lambda _: None)
+        self._changing = asyncio.get_running_loop().create_task(self._change(key, queue))
 
-    async def _change(self, key: K, queue: list[asyncio.Future[None]]) -> None:
+    async def _change(self, key: K, queue: list[asyncio.Future[E]]) -> None:
         self._current = None
-        error: Exception | None = None
+        epoch = self._epoch
         try:
-            await self._load(key)
-        except Exception as failure:  # noqa: BLE001 - boundary: those who wait for the weights get it
-            error = failure
-        self._loading = False
-        if error is None:
-            self._current = key
-            # Those who came for the same weights while they were being loaded go on with them.
-            later = self._waiting.pop(key, None)
-            self._admit([*queue, *(later[1] if later else ())])
-        else:
+            engine = await self._load(key)
+            # Between the answer of a load and this line the engine may have been lost or closed.
+            if epoch != self._epoch:
+                raise EngineLostError(f"{self._name} was lost while weights were loaded into it")
+        except Exception as error:  # noqa: BLE001 - boundary: those who wait for the weights get it
             for turn in queue:
                 if not turn.done():
                     turn.set_exception(error)
+        else:
+            self._current = (key, engine)
+            # Those who came for the same weights while they were being loaded go on with them.
+            later = self._waiting.pop(key, None)
+            self._admit([*queue, *(later[1] if later else ())], engine)
+        self._changing = None
         self._next_turn()
 
-    def _admit(self, queue: list[asyncio.Future[None]]) -> None:
+    def _admit(self, queue: list[asyncio.Future[E]], engine: E) -> None:
         for turn in queue:
             if not turn.done():
                 self._num_in_flight += 1
-                turn.set_result(None)
+                turn.set_result(engine)
 
     def _now(self) -> float:
         return self._clock() if self._clock is not None else asyncio.get_running_loop().time()
