@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from ray.exceptions import RayError, RayTaskError
 
-from weaver_rl.errors import ActorFailedError, CallFailedError, OtherRankError, WeaverRLError
+from weaver_rl.errors import ActorFailedError, CallFailedError, LearnerLostError, OtherRankError, WeaverRLError
 from weaver_rl.waits import Names, current_waits
 
 T = TypeVar("T")
@@ -58,6 +58,21 @@ async def together(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def shared(task: asyncio.Task[T], ended: str) -> T:
+    """The result of a task that several wait for: one that is cancelled leaves it to the others.
+
+    Raises:
+        LearnerLostError: the task itself was cancelled, with `ended` as the reason; or what it raises.
+    """
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        waiting = asyncio.current_task()
+        if task.cancelled() and waiting is not None and not waiting.cancelling():
+            raise LearnerLostError(ended) from None
+        raise
 
 
 def _distance_from_cause(error: BaseException) -> int:

@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 
+from actors.batches import handed_over
 from actors.calls import answer, first_error, together
 from actors.identity import Identity, this_process
 from actors.object_store import Chunk, publish
 from actors.transfer_client import SamplerClient
+from actors.turns import Turns
 from weaver_rl.errors import ActorFailedError, CallFailedError, ConfigError, LearnerLostError
 from weaver_rl.learner.adapter_config import AdapterConfig
 from weaver_rl.learner.config import LearnerConfig
@@ -200,7 +202,8 @@ class RayLearnerGroup:
     """All ranks as one: shards data by tokens, puts answers back into order.
 
     It operates on the policy; `with_adapter` gives one that operates on an adapter of the same ranks. All of them
-    take turns, in the order that they ask, so that the time of one operation is not spent waiting for others.
+    take turns, in the order that they ask, so that the time of one operation is not spent waiting for others. An
+    operation that is cancelled when its turn has come goes on in the ranks, and the next one waits for its end.
 
     Args:
         ranks: handles of `LearnerRank`, by rank, all started.
@@ -208,6 +211,7 @@ class RayLearnerGroup:
         start_anew: ends the ranks and gives new ones, started.
         outlives_failed_calls: a rank that is alone goes on after a call that failed in it (out of memory, say), which
             is CallFailedError then; ranks that may be out of step with each other are lost by that.
+        name: what errors and waits call the learner.
     """
 
     def __init__(
@@ -217,13 +221,15 @@ class RayLearnerGroup:
         start_anew: Callable[[], Awaitable[Sequence[Any]]] | None = None,
         *,
         outlives_failed_calls: bool = False,
+        name: str = "learner",
     ) -> None:
         self._ranks = list(ranks)
         self._timeout_s = timeout_s
         self._start_anew = start_anew
         self._outlives_failed_calls = outlives_failed_calls
+        self._name = name
         self._adapter: str | None = None
-        self._turn = asyncio.Lock()
+        self._turns = Turns()
 
     async def add_adapter(self, name: str, config: AdapterConfig) -> None:
         """Makes an adapter on every rank. Raises ConfigError for a taken name and for parts that the model lacks."""
@@ -238,8 +244,10 @@ class RayLearnerGroup:
 
         Adapters do not survive `restart`, and neither do views: one from before stays with the ranks that ended.
         """
-        view = RayLearnerGroup(self._ranks, self._timeout_s, outlives_failed_calls=self._outlives_failed_calls)
-        view._adapter, view._turn = name, self._turn
+        view = RayLearnerGroup(
+            self._ranks, self._timeout_s, outlives_failed_calls=self._outlives_failed_calls, name=self._name
+        )
+        view._adapter, view._turns = name, self._turns
         return view
 
     async def restart(self) -> None:
@@ -250,11 +258,12 @@ class RayLearnerGroup:
             self._ranks = list(await self._start_anew())
         except* ActorFailedError as errors:
             raise LearnerLostError(str(first_error(errors))) from errors
+        self._turns = Turns()
 
     async def forward(self, data: Sequence[Datum], temperature: float = 1.0) -> ForwardOutput:
         shards = self._shards(data)
         outputs = await self._each(
-            "forward", lambda rank, shard: rank.forward.remote(shard.data, temperature, self._adapter), shards
+            "forward", lambda rank, part: rank.forward.remote(part, temperature, self._adapter), shards
         )
         return ForwardOutput(logprobs_per_datum=unshard(shards, [output.logprobs_per_datum for output in outputs]))
 
@@ -280,8 +289,8 @@ class RayLearnerGroup:
             sum_weights = total_weights(data)
         outputs: list[ForwardBackwardOutput] = await self._each(
             "forward_backward",
-            lambda rank, shard: rank.forward_backward.remote(
-                shard.data, loss, sum_weights, temperature, positions, with_grad_norm, self._adapter
+            lambda rank, part: rank.forward_backward.remote(
+                part, loss, sum_weights, temperature, positions, with_grad_norm, self._adapter
             ),
             shards,
         )
@@ -328,18 +337,24 @@ class RayLearnerGroup:
 
     async def _all(self, doing: str, call: Callable[[Any], Any]) -> list[Any]:
         """Every rank's answer to one call."""
-        return await self._each(doing, lambda rank, _: call(rank), (None,) * len(self._ranks))
+        return await self._each(doing, lambda rank, _: call(rank))
 
-    async def _each(self, doing: str, call: Callable[[Any, Any], Any], parts: Sequence[Any]) -> list[Any]:
-        """Every rank's answer, each called with its part."""
-        async with self._turn:
-            try:
-                return await together(
-                    answer(call(handle, part), actor=f"learner rank {rank}", doing=doing, timeout_s=self._timeout_s)
-                    for rank, (handle, part) in enumerate(zip(self._ranks, parts, strict=True))
-                )
-            except ActorFailedError as error:
-                alone = self._outlives_failed_calls and len(self._ranks) == 1
-                if alone and isinstance(error, CallFailedError):
-                    raise
-                raise LearnerLostError(str(error)) from error
+    async def _each(self, doing: str, call: Callable[[Any, Any], Any], shards: Sequence[Shard] = ()) -> list[Any]:
+        """Every rank's answer, each called with the data of its shard."""
+        ranks = self._ranks  # those of now: nobody who waits gets into the ranks of a restart unasked
+        return await self._turns.run(lambda: self._answers(ranks, doing, call, shards))
+
+    async def _answers(
+        self, ranks: Sequence[Any], doing: str, call: Callable[[Any, Any], Any], shards: Sequence[Shard]
+    ) -> list[Any]:
+        parts = await asyncio.gather(*(handed_over(shard.data) for shard in shards)) or [None] * len(ranks)
+        try:
+            return await together(
+                answer(call(handle, part), actor=f"{self._name} rank {rank}", doing=doing, timeout_s=self._timeout_s)
+                for rank, (handle, part) in enumerate(zip(ranks, parts, strict=True))
+            )
+        except ActorFailedError as error:
+            alone = self._outlives_failed_calls and len(ranks) == 1
+            if alone and isinstance(error, CallFailedError):
+                raise
+            raise LearnerLostError(str(error)) from error

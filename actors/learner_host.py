@@ -1,32 +1,44 @@
-"""The learners of a server: one shared by all LoRA models of a base, one of its own for each model trained whole.
+"""One learner of a server: started when it is needed, anew after a loss, ended; and a model in it.
 
-It starts them when they are needed and anew after a loss; it knows no client, no file of a checkpoint and no loss.
+It knows no other learner, no client and no file of a checkpoint.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
+import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from actors.calls import first_error
+from actors.calls import first_error, shared
 from actors.cluster import reserve
 from actors.learner import RayLearnerGroup
 from actors.learner_start import start_learner
 from actors.lineup import PreparedModel
 from actors.spawn import Actors, spawn_learner
-from weaver_rl.errors import ActorFailedError, ConfigError, LearnerLostError, ResourcesError
-from weaver_rl.learner.adapter_config import AdapterConfig
+from weaver_rl.errors import (
+    ActorFailedError,
+    CallFailedError,
+    ConfigError,
+    LearnerLostError,
+    ModelError,
+)
 from weaver_rl.losses.config import LossConfig
-from weaver_rl.placement import Placement, plan_placement
+from weaver_rl.placement import Placement
 from weaver_rl.service.config import ServeConfig
-from weaver_rl.service.records import LoraParams, TrainingMode
 from weaver_rl.types import AdamParams, Datum, ForwardBackwardOutput, ForwardOutput, OptimStepOutput
+from weaver_rl.waits import current_waits
 
 CHUNK_BYTES = 512 << 20
+GIVE_UP_MARGIN_S = 60.0
+"""How long an operation that the service gave up may go on before the learner is taken for stuck."""
+
+_PATH = re.compile(r"(?<![\w.<])~?/[^\s'\",;:)\]]+")
+_log = logging.getLogger(__name__)
 
 
 class LearnerHost:
@@ -54,18 +66,29 @@ class LearnerHost:
         self._actors = Actors()
         self._room: PlacementGroup | None = None
         self._group: RayLearnerGroup | None = None
-        self._starting = asyncio.Lock()
-
-    @property
-    def is_up(self) -> bool:
-        return self._group is not None
+        self._starting: asyncio.Task[RayLearnerGroup] | None = None
+        self._is_closed = False
 
     async def group(self) -> RayLearnerGroup:
-        """The group, up. Raises ResourcesError for lack of room, LearnerLostError if it died while it started."""
-        async with self._starting:
-            if self._group is None:
-                self._group = await self._start()
+        """The group, up. All who ask while it starts share that start and its failure; the next starts it again.
+
+        Raises:
+            ResourcesError: there is no room for it.
+            LearnerLostError: it died while it started, or was ended.
+            ActorFailedError: it cannot be started as the server is configured.
+        """
+        if self._is_closed:
+            raise LearnerLostError(f"{self.name} was ended")
+        if self._group is not None:
             return self._group
+        if self._starting is None:
+            self._starting = asyncio.create_task(self._start(), name=f"{self.name} starts")
+            self._starting.add_done_callback(self._started)
+        return await shared(self._starting, f"{self.name} was ended while it started")
+
+    def is_up_with(self, group: RayLearnerGroup) -> bool:
+        """Whether it is that group which is up."""
+        return self._group is group
 
     @contextlib.asynccontextmanager
     async def watched(self, group: RayLearnerGroup) -> AsyncIterator[None]:
@@ -75,23 +98,49 @@ class LearnerHost:
         except LearnerLostError:
             if self._group is group:
                 self._group = None
-                await self._end()
                 self._on_lost(self)
+                await self._end()
             raise
 
     async def close(self) -> None:
-        """Ends the ranks and gives their room back."""
-        async with self._starting:
-            self._group = None
-            await self._end()
+        """Ends the ranks, also those that start, and gives their room back; it never starts again."""
+        self._is_closed = True
+        if self._starting is not None:
+            self._starting.cancel()
+            await asyncio.wait([self._starting])
+        self._group = None
+        await self._end()
+
+    def _started(self, starting: asyncio.Task[RayLearnerGroup]) -> None:
+        self._starting = None
+        if not starting.cancelled() and starting.exception() is None:
+            self._group = starting.result()
 
     async def _start(self) -> RayLearnerGroup:
+        try:
+            try:
+                return await self._start_once()
+            except CallFailedError as error:
+                # The port at which the ranks meet was free when it was chosen, and taken when it was used.
+                if not _is_port_taken(error):
+                    raise
+                return await self._start_once()
+        except (ConfigError, ModelError) as error:
+            # The server's own configuration: no client can mend it.
+            _log.warning("%s did not start: %s", self.name, error)
+            raise ActorFailedError(f"{self.name} did not start: {_without_paths(error)}") from error
+        except ActorFailedError as error:
+            _log.warning("%s did not start: %s", self.name, error)
+            raise LearnerLostError(_without_paths(error)) from error
+
+    async def _start_once(self) -> RayLearnerGroup:
         config = self._prepared.config.learner
         try:
             self._room = await reserve(self.name, self._placement.bundles, self._config.cluster.start_timeout_s)
             spawn_learner(self._actors, config, self._placement, self._room)
+            ranks = self._actors.learner_ranks
             await start_learner(
-                self._actors.learner_ranks,
+                ranks,
                 config,
                 model_dir=self._prepared.model_dir,
                 seed=self._config.seed,
@@ -100,151 +149,90 @@ class LearnerHost:
                 name=self.name,
             )
         except BaseException as error:
-            await asyncio.shield(self._end())
-            cause = first_error(error)
-            if isinstance(cause, ActorFailedError):
-                raise LearnerLostError(str(cause)) from error
-            raise cause from error
-        return RayLearnerGroup(self._actors.learner_ranks, config.timeout_s, outlives_failed_calls=True)
+            await self._end()
+            if isinstance(error, BaseExceptionGroup):
+                raise first_error(error) from error
+            raise
+        return RayLearnerGroup(ranks, self._deadline_s(), outlives_failed_calls=True, name=self.name)
+
+    def _deadline_s(self) -> float:
+        """Of one operation in the ranks: later than that of the service, which costs one client its operation only.
+
+        An operation that the service gives up goes on in the ranks; where it never ends this loses them.
+        """
+        return max(self._prepared.config.learner.timeout_s, self._config.operations.timeout_s + GIVE_UP_MARGIN_S)
 
     async def _end(self) -> None:
-        await self._actors.kill_learner()
-        if self._room is not None:
-            remove_placement_group(self._room)
-            self._room = None
+        # Taken before the first await: what another start makes meanwhile is not this one's.
+        actors, self._actors = self._actors, Actors()
+        room, self._room = self._room, None
+        for rank in range(self._prepared.config.learner.num_ranks):
+            current_waits().forget(f"{self.name} rank {rank}")
+        await asyncio.shield(_ended(actors, room))
+
+
+async def _ended(actors: Actors, room: PlacementGroup | None) -> None:
+    await actors.kill_learner()
+    if room is not None:
+        remove_placement_group(room)
+
+
+def _is_port_taken(error: CallFailedError) -> bool:
+    text = str(error)
+    return "EADDRINUSE" in text or "address already in use" in text.lower()
+
+
+def _without_paths(error: Exception) -> str:
+    """Its first line, for clients: where files are on the server is none of their business."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return _PATH.sub("<path>", lines[0])
 
 
 class HostedModel:
     """One model in a host's group: `ModelLearner` of the service."""
 
     def __init__(self, host: LearnerHost, group: RayLearnerGroup, model: RayLearnerGroup) -> None:
-        self._host = host
+        self.host = host
         self._group = group
         self._model = model
 
+    @property
+    def is_up(self) -> bool:
+        """Whether its ranks are those that the host has now."""
+        return self.host.is_up_with(self._group)
+
     async def forward(self, data: Sequence[Datum], temperature: float = 1.0) -> ForwardOutput:
-        async with self._host.watched(self._group):
+        async with self.host.watched(self._group):
             return await self._model.forward(data, temperature)
 
     async def forward_backward(
         self, data: Sequence[Datum], loss: LossConfig, temperature: float = 1.0
     ) -> ForwardBackwardOutput:
-        async with self._host.watched(self._group):
+        async with self.host.watched(self._group):
             return await self._model.forward_backward(data, loss, temperature, positions="all", with_grad_norm=True)
 
     async def optim_step(self, params: AdamParams) -> OptimStepOutput:
-        async with self._host.watched(self._group):
+        async with self.host.watched(self._group):
             return await self._model.optim_step(params)
 
     async def save_state(self, directory: Path, with_optimizer: bool = True) -> None:
-        async with self._host.watched(self._group):
+        async with self.host.watched(self._group):
             await self._model.save_state(directory, with_optimizer)
 
     async def load_state(self, directory: Path, with_optimizer: bool = True) -> None:
-        async with self._host.watched(self._group):
+        async with self.host.watched(self._group):
             await self._model.load_state(directory, with_optimizer)
 
     async def save_for_sampler(self, directory: Path) -> None:
-        async with self._host.watched(self._group):
+        async with self.host.watched(self._group):
             await self._model.save_for_sampler(directory)
 
     async def save_hf(self, directory: Path) -> None:
-        async with self._host.watched(self._group):
+        async with self.host.watched(self._group):
             await self._model.save_hf(directory)
 
-
-class RayLearners:
-    """All learners of a server.
-
-    Args:
-        cluster_gpus: GPUs of the whole cluster.
-    """
-
-    def __init__(self, config: ServeConfig, prepared: dict[str, PreparedModel], *, cluster_gpus: float) -> None:
-        self._config = config
-        self._prepared = prepared
-        self._cluster_gpus = cluster_gpus
-        self._shared = {name: self._host(f"learner of {name}", name) for name in prepared}
-        self._whole: dict[str, LearnerHost] = {}
-        self._open: dict[str, tuple[LearnerHost, HostedModel]] = {}
-        self._opening: dict[str, asyncio.Lock] = {}
-
-    async def preload(self, base_model: str) -> None:
-        """Starts the learner that LoRA models of a base share."""
-        await self._shared[base_model].group()
-
-    async def open(self, model_id: str, base_model: str, mode: TrainingMode, lora: LoraParams | None) -> HostedModel:
-        """See `Learners`."""
-        async with self._opening.setdefault(model_id, asyncio.Lock()):
-            if model_id not in self._open:
-                opening = self._open_lora if mode == "lora" else self._open_whole
-                self._open[model_id] = await opening(model_id, base_model, lora or LoraParams())
-            return self._open[model_id][1]
-
-    def get(self, model_id: str) -> HostedModel | None:
-        """See `Learners`."""
-        return self._open[model_id][1] if model_id in self._open else None
-
-    async def close(self, model_id: str) -> None:
-        """See `Learners`."""
-        async with self._opening.setdefault(model_id, asyncio.Lock()):
-            host, model = self._open.pop(model_id, (None, None))
-            if model_id in self._whole:
-                await self._whole.pop(model_id).close()
-            elif host is not None and model is not None and host.is_up:
-                group = await host.group()
-                with contextlib.suppress(LearnerLostError):
-                    async with host.watched(group):
-                        await group.remove_adapter(model_id)
-        self._opening.pop(model_id, None)
-
-    async def close_all(self) -> None:
-        """Ends every learner."""
-        hosts = [*self._shared.values(), *self._whole.values()]
-        await asyncio.gather(*(host.close() for host in hosts), return_exceptions=True)
-
-    async def _open_lora(self, model_id: str, base_model: str, lora: LoraParams) -> tuple[LearnerHost, HostedModel]:
-        host = self._shared[base_model]
-        limit = self._prepared[base_model].config.max_lora_rank
-        if not 1 <= lora.rank <= limit:
-            raise ConfigError(f"lora_config.rank is {lora.rank}; {base_model} allows 1..{limit}")
-        group = await host.group()
-        async with host.watched(group):
-            await group.add_adapter(
-                model_id,
-                AdapterConfig(
-                    rank=lora.rank,
-                    train_attn=lora.train_attn,
-                    train_mlp=lora.train_mlp,
-                    train_unembed=lora.train_unembed,
-                    seed=lora.seed if lora.seed is not None else 0,
-                ),
-            )
-        return host, HostedModel(host, group, group.with_adapter(model_id))
-
-    async def _open_whole(self, model_id: str, base_model: str, _lora: LoraParams) -> tuple[LearnerHost, HostedModel]:
-        limit = self._prepared[base_model].config.max_full_ft_models
-        taken = sum(host.base_model == base_model for host in self._whole.values())
-        if model_id not in self._whole and taken >= limit:
-            raise ResourcesError(
-                f"{base_model} trains {limit} model(s) whole at a time and has {taken}: terminate one, or raise "
-                "max_full_ft_models on the server"
-            )
-        host = self._whole.setdefault(model_id, self._host(f"learner of {model_id}", base_model))
-        try:
-            group = await host.group()
-        except BaseException:
-            self._whole.pop(model_id, None)
-            raise
-        return host, HostedModel(host, group, group)
-
-    def _host(self, name: str, base_model: str) -> LearnerHost:
-        served = self._prepared[base_model].config
-        whole = plan_placement(
-            self._config.cluster, served.learner, served.sampler, cluster_gpus=self._cluster_gpus, may_colocate=False
-        )
-        return LearnerHost(name, self._prepared[base_model], whole.only_learner(), self._config, self._lost)
-
-    def _lost(self, host: LearnerHost) -> None:
-        for model_id in [model_id for model_id, (its, _) in self._open.items() if its is host]:
-            del self._open[model_id]
+    async def remove(self, adapter: str) -> None:
+        """Frees the adapter that it is, unless that went with its ranks."""
+        if self.is_up:
+            async with self.host.watched(self._group):
+                await self._group.remove_adapter(adapter)

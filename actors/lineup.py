@@ -42,7 +42,7 @@ def _prepare(config: ServeConfig, served: ServedModel, state_dir: Path) -> Prepa
         assert task is not None  # checked by ServedModel
         return sample_texts(load_task(task, base_dir, config.seed), task)
 
-    directory = state_dir / "base_models" / served.name.replace("/", "--").replace(":", "--")
+    directory = state_dir / "base_models" / _directory_name(served.name)
     model_dir = resolve_model(served.model, directory, texts, base_dir)
     tokenizer = load_tokenizer(model_dir)
     longest = max_model_len(model_dir)
@@ -68,3 +68,8 @@ def _prepare(config: ServeConfig, served: ServedModel, state_dir: Path) -> Prepa
             vocab_size=len(tokenizer),
         ),
     )
+
+
+def _directory_name(name: str) -> str:
+    """Another one for every name, and no longer than it: names have neither of the two characters put in."""
+    return name.replace("/", "+").replace(":", "=")

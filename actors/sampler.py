@@ -31,6 +31,11 @@ from weaver_rl.types import (
 )
 from weaver_rl.weights.config import Transport
 
+CONTROL = "control"
+CONCURRENCY_GROUPS = {CONTROL: 100}
+"""What every `Sampler` is made with, by number of calls at a time: what steers it must not wait behind requests, of
+which as many as `max_concurrency` may be in flight for as long as it is paused. The two run in threads of their own."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplerSpec:
@@ -74,6 +79,7 @@ class Sampler:
         self._loop = EngineLoop(self._build)
         self._num_loading = 0
 
+    @ray.method(concurrency_group=CONTROL)
     async def start(self, spec: SamplerSpec) -> int:
         """Builds the engine; returns its limit of tokens in a sequence."""
         self._spec.set_result(spec)
@@ -114,6 +120,7 @@ class Sampler:
         group: GroupSample = await self._answer(future)
         return group
 
+    @ray.method(concurrency_group=CONTROL)
     async def abort(self, group_id: str) -> None:
         """Ends a group that nobody waits for any more: its `sample` fails with EngineError."""
         await asyncio.wrap_future(self._loop.abort_group(group_id))
@@ -132,14 +139,17 @@ class Sampler:
         logprobs: Float32Array = await self._answer(self._loop.score(token_ids))
         return logprobs[1:]
 
+    @ray.method(concurrency_group=CONTROL)
     async def pause(self, mode: PauseMode) -> None:
         """No engine step until `resume`; see `EngineLoop.pause` for what becomes of what is in flight."""
         await asyncio.wrap_future(self._loop.pause(mode))
 
+    @ray.method(concurrency_group=CONTROL)
     async def resume(self) -> None:
         """Goes on after `pause`."""
         await asyncio.wrap_future(self._loop.resume())
 
+    @ray.method(concurrency_group=CONTROL)
     async def load_directory(self, directory: Path, version: int) -> None:
         """Loads the weights of a Hugging Face directory, paused or not; what is in flight goes on with them.
 
@@ -147,10 +157,12 @@ class Sampler:
         """
         await self._load(lambda engine: engine.load_directory(directory, version))
 
+    @ray.method(concurrency_group=CONTROL)
     async def forget_adapter(self, name: str) -> None:
         """Frees the adapter; a request that brings that name again reads its directory again."""
         await self._call(lambda engine: engine.forget_adapter(name))
 
+    @ray.method(concurrency_group=CONTROL)
     async def load_weights(self, weights: PublishedWeights) -> None:
         """Loads a version and drops what was cached under older ones."""
         try:
@@ -175,6 +187,7 @@ class Sampler:
             self._num_loading -= 1
             await asyncio.wrap_future(self._loop.release())
 
+    @ray.method(concurrency_group=CONTROL)
     async def heartbeat(self) -> Heartbeat:
         """Answers while the process lives, whatever its engine does."""
         # A load has a deadline of its own, and no engine step comes before its end.
@@ -186,10 +199,12 @@ class Sampler:
             num_failed_in_a_row=self._loop.num_failed_in_a_row,
         )
 
+    @ray.method(concurrency_group=CONTROL)
     def identity(self) -> Identity:
         """Which process this is."""
         return this_process()
 
+    @ray.method(concurrency_group=CONTROL)
     async def call_workers(self, method: str, *args: Any) -> None:
         """One call of vLLM's weight-transfer API, on every worker of the engine.
 
@@ -200,6 +215,7 @@ class Sampler:
             await asyncio.wrap_future(self._loop.hold())
         await self._call(lambda engine: engine.call_workers(method, *args))
 
+    @ray.method(concurrency_group=CONTROL)
     async def close(self) -> None:
         """Ends the engine and its worker processes."""
         self._spec.cancel()  # a sampler that was never started still waits for it

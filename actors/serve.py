@@ -14,7 +14,7 @@ from rich.console import Console
 from actors.calls import first_error
 from actors.cluster import cluster_gpus, connected, cpus_per_node
 from actors.engine_host import RaySamplers
-from actors.learner_host import RayLearners
+from actors.learners import RayLearners
 from actors.lineup import PreparedModel, prepare_lineup
 from actors.signals import StopSignals
 from weaver_rl.service.config import ServeConfig
@@ -61,7 +61,7 @@ async def _serve(
 ) -> None:
     async with stop.running(), contextlib.AsyncExitStack() as stack:
         store = await stack.enter_async_context(Store.opened(config.database or files.database_url))
-        operations = await stack.enter_async_context(Operations(store, config.operations))
+        operations = Operations(store, config.operations)
         learners, samplers = await stack.enter_async_context(_hosts(config, prepared))
         service = Service(
             config=config,
@@ -73,6 +73,8 @@ async def _serve(
             lineup={name: model.lineup for name, model in prepared.items()},
         )
         await stack.enter_async_context(service)
+        # They end right after the HTTP server: what runs has its time while all that it needs is still there.
+        await stack.enter_async_context(operations)
         server = HttpServer(create_app(service, config, keys), config.http)
         stack.push_async_callback(server.stop)
         url = await server.start()

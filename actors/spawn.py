@@ -17,7 +17,7 @@ from actors.cluster import Reservation
 from actors.ending import end_actor
 from actors.learner import LearnerRank
 from actors.reward import RewardActor
-from actors.sampler import Sampler
+from actors.sampler import CONCURRENCY_GROUPS, Sampler
 from weaver_rl.engines.config import SamplerConfig
 from weaver_rl.learner.config import LearnerConfig
 from weaver_rl.placement import Placement
@@ -100,7 +100,8 @@ def spawn_sampler(
     config: SamplerConfig, placement: Placement, group: PlacementGroup, bundle: int, num_threads: int | None
 ) -> Any:
     """One sampler in a bundle of the group."""
-    remote = ray.remote(Sampler).options(
+    made: Any = ray.remote(concurrency_groups=CONCURRENCY_GROUPS)  # type: ignore[call-overload]  # Ray's types lack it
+    remote = made(Sampler).options(
         num_cpus=config.num_cpus,
         num_gpus=placement.sampler_gpus,
         max_concurrency=MAX_CALLS_IN_FLIGHT,

@@ -33,7 +33,7 @@ def measure(scale: Scale, folder: Path) -> list[Row]:
     sequences = training_sequences(scale, vocab_size)
     with contextlib.ExitStack() as stack:
         stack.enter_context(StopSignals())
-        engines = engines_alone(config, prepared, load)
+        engines = engines_alone(scale, config, prepared, load)
         learner = learner_alone(config, prepared, sequences)
         for child in (*engines.values(), learner):
             stack.callback(child.close)

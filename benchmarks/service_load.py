@@ -61,8 +61,8 @@ class Served:
         return 1000 * float(np.percentile(self.latencies_s, percent))
 
     def cpu_ms(self, *parts: str) -> float:
-        """A request's share of those processes' time."""
-        return 1000 * sum(self.cpu_s[part] for part in parts) / self.level.num_requests
+        """A request's share of the time of those processes that took part."""
+        return 1000 * sum(self.cpu_s.get(part, 0.0) for part in parts) / self.level.num_requests
 
 
 async def closed_loop(

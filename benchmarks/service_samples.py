@@ -26,7 +26,7 @@ from weaver_rl.service.config import ServeConfig
 
 OURS = "server"
 ALONE = "the engine alone, LoRA off"
-WITH_LORA = "the engine alone, LoRA on (as the server has it), no adapter used"
+WITH_LORA = "the engine alone, LoRA on, no adapter used"
 KEEP_ALIVE_S = 60.0
 """Less than the server's own."""
 TIMEOUT_S = 120.0
@@ -34,15 +34,17 @@ TIMEOUT_S = 120.0
 
 def sample_load(scale: Scale, vocab_size: int) -> Load:
     """What all callers ask for."""
-    counts = {1: 6, 16: 48, 128: 192} if scale.quick else {1: 64, 16: 512, 128: 1024}
+    counts = {1: 6, 16: 32, 128: 128} if scale.quick else {1: 64, 16: 512, 128: 1024}
     levels = tuple(Level(num_callers=callers, num_requests=requests) for callers, requests in counts.items())
     return Load.of(levels, vocab_size=vocab_size, prompt_tokens=32, max_tokens=16)
 
 
-def engines_alone(config: ServeConfig, prepared: PreparedModel, load: Load) -> dict[str, Child]:
-    """Started, not yet up. With LoRA on as well: what that costs is the engine's, not the service's."""
+def engines_alone(scale: Scale, config: ServeConfig, prepared: PreparedModel, load: Load) -> dict[str, Child]:
+    """Started, not yet up. Unless quick, also with LoRA on: what that costs is the engine's, not the service's."""
     served = prepared.config
-    limits = LoraLimits(max_loras=served.max_loras, max_rank=served.max_lora_rank)
+    limits: dict[str, LoraLimits | None] = {ALONE: None}
+    if not scale.quick:
+        limits[WITH_LORA] = LoraLimits(max_loras=served.max_loras, max_rank=served.max_lora_rank)
     return {
         name: Child(
             build_engine_sweep,
@@ -59,7 +61,7 @@ def engines_alone(config: ServeConfig, prepared: PreparedModel, load: Load) -> d
             ),
             PASSIVE_OPENMP,
         )
-        for name, lora in ((ALONE, None), (WITH_LORA, limits))
+        for name, lora in limits.items()
     }
 
 
@@ -67,7 +69,7 @@ def measure_samples(
     scale: Scale, server: Server, base_model: str, load: Load, engines: Mapping[str, Child]
 ) -> list[Row]:
     """Rows for each number of callers."""
-    effort = Effort(rounds=3 if scale.quick else 7, max_seconds=20 if scale.quick else 240)
+    effort = Effort(rounds=2 if scale.quick else 7, max_seconds=240)
     sweeps: dict[str, list[list[Served]]] = {}
 
     def seconds_of(name: str, sweep: Callable[[], list[Served]]) -> Callable[[], float]:
@@ -102,38 +104,33 @@ def level_rows(ours: Sequence[Served], theirs: Mapping[str, Sequence[Served]], m
         for part in ("server", "sampler", "callers")
     )
 
-    def quantities(served: Served, *parts: str) -> dict[str, float]:
-        return {
-            "requests/s": served.requests_per_s,
-            "p50 latency, ms": served.latency_ms(50),
-            "p95 latency, ms": served.latency_ms(95),
-            "CPU ms per request": served.cpu_ms(*parts),
-        }
+    def row(quantity: str, of: Callable[[Served], float], baseline_name: str, note: str = "") -> Row:
+        values = [of(each) for each in ours]
+        others = [of(each) for each in theirs[baseline_name]]
+        return Row(
+            benchmark="service",
+            case=case,
+            quantity=quantity,
+            ours=statistics.median(values),
+            baseline=statistics.median(others),
+            baseline_name=baseline_name,
+            ratio=ratio(values, others),
+            note=note,
+        )
 
-    rows = []
-    mine = [quantities(each, "server", "sampler") for each in ours]
-    for name, rounds in theirs.items():
-        same = "the same tokens" if rounds[0].digest == ours[0].digest else "other tokens"
-        notes = {
-            "requests/s": f"{polls:.2f} polls per request; {same}",
-            "CPU ms per request": f"server process and sampler; by process: {parts}",
-        }
-        engine = [quantities(each, "engine") for each in rounds]
-        for quantity in mine[0]:
-            values, others = ([each[quantity] for each in side] for side in (mine, engine))
-            rows.append(
-                Row(
-                    benchmark="service",
-                    case=case,
-                    quantity=quantity,
-                    ours=statistics.median(values),
-                    baseline=statistics.median(others),
-                    baseline_name=name,
-                    ratio=ratio(values, others),
-                    note=notes.get(quantity, ""),
-                )
-            )
-    return rows
+    same = "the same tokens" if theirs[ALONE][0].digest == ours[0].digest else "other tokens"
+    return [
+        row("requests/s", lambda each: each.requests_per_s, ALONE, f"{polls:.2f} polls per request; {same}"),
+        *(row("requests/s", lambda each: each.requests_per_s, name) for name in theirs if name != ALONE),
+        row("p50 latency, ms", lambda each: each.latency_ms(50), ALONE),
+        row("p95 latency, ms", lambda each: each.latency_ms(95), ALONE),
+        row(
+            "CPU ms per request",
+            lambda each: each.cpu_ms("server", "sampler", "engine"),
+            ALONE,
+            f"server process and sampler, without the callers; {parts}",
+        ),
+    ]
 
 
 class Callers:

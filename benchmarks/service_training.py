@@ -6,7 +6,6 @@ import contextlib
 import math
 import statistics
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,8 @@ from weaver_rl.types import Int64Array
 ALONE = "the learner alone"
 API_KEY = "sk-none"
 """The SDK wants one; a server without keys takes any."""
+HEARTBEAT_S = 1.0
+"""A client that closes sleeps until its next one is due."""
 LOSS = "cross_entropy"
 POLL_S = "0.02"
 """As `WEAVER_OPERATION_POLL_INTERVAL` of the SDK, whose first poll comes after half a second otherwise."""
@@ -96,7 +97,7 @@ def training_sequences(scale: Scale, vocab_size: int) -> Sequences:
 
 def measure_training(scale: Scale, server: Server, base_model: str, sequences: Sequences, alone: Child) -> list[Row]:
     """A row for each transport."""
-    effort = Effort(rounds=3 if scale.quick else 21, max_seconds=10 if scale.quick else 60)
+    effort = Effort(rounds=3 if scale.quick else 21, max_seconds=60, warmups=1 if scale.quick else 2)
     losses: dict[str, list[float]] = {}
 
     def tokens_per_s(name: str, timed: Callable[[], tuple[float, float]]) -> Callable[[], float]:
@@ -161,16 +162,18 @@ def clients(server: Server, transports: dict[str, str]) -> Iterator[dict[str, An
     from weaver import ServiceClient
 
     with contextlib.ExitStack() as stack:
-        made: dict[str, Any] = {}
-        for name, transport in transports.items():
-            made[name] = ServiceClient(
-                base_url=server.url, api_key=API_KEY, tensor_transport=transport, tensor_compression="raw"
+        yield {
+            name: stack.enter_context(
+                ServiceClient(
+                    base_url=server.url,
+                    api_key=API_KEY,
+                    tensor_transport=transport,
+                    tensor_compression="raw",
+                    heartbeat_interval=HEARTBEAT_S,
+                )
             )
-            made[name].connect()
-        # Closing takes the SDK five seconds, most of them asleep: all at once.
-        pool = stack.enter_context(ThreadPoolExecutor(len(made)))
-        stack.callback(lambda: list(pool.map(lambda service: service.close(), made.values())))
-        yield made
+            for name, transport in transports.items()
+        }
 
 
 def _pass(service: Any, base_model: str, data: Sequence[Any]) -> Callable[[], float]:

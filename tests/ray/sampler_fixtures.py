@@ -16,7 +16,7 @@ import ray
 from sampler_parts import KINDS, START_TIMEOUT_S, ReplicaFleet, make_model, sampler_spec
 
 from actors.learner import LearnerRank
-from actors.sampler import Sampler
+from actors.sampler import CONCURRENCY_GROUPS, Sampler
 from weaver_rl.sampler_fleet import SamplerFleet
 
 
@@ -60,7 +60,7 @@ def rank_actors(cluster: None) -> dict[str, list[Any]]:
 @pytest.fixture(scope="session")
 def samplers(cluster: None, models: dict[str, Path]) -> Iterator[dict[str, Any]]:
     """Both engines, started; the seeds of the engines differ as a run's do."""
-    remote: Any = ray.remote(Sampler).options(num_cpus=0, max_concurrency=100)
+    remote: Any = ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(Sampler).options(num_cpus=0, max_concurrency=100)
     actors = {kind: remote.remote(1) for kind in KINDS}
     started = [actors[kind].start.remote(sampler_spec(kind, models[kind], seed)) for seed, kind in enumerate(KINDS)]
     ray.get(started, timeout=START_TIMEOUT_S)

@@ -11,7 +11,9 @@ from weaver import ServiceClient
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningServer]:
-    running = RunningServer(tmp_path_factory.mktemp("server") / "state", "retention.sweep_every_s=0.5")
+    running = RunningServer(
+        tmp_path_factory.mktemp("server") / "state", "retention.sweep_every_s=0.5", "http.submit_grace_s=0.02"
+    )
     yield running
     assert running.stop() == 130, running.output
     assert "Traceback" not in running.output

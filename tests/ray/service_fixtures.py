@@ -11,7 +11,7 @@ import ray
 from sampler_parts import START_TIMEOUT_S, make_model
 from service_parts import MODULES, Reference, make_adapter, make_tokenizer, spec
 
-from actors.sampler import Sampler
+from actors.sampler import CONCURRENCY_GROUPS, Sampler
 from weaver_rl.types import Adapter
 
 pytest_plugins = ("sampler_fixtures",)
@@ -43,7 +43,7 @@ def reference(base_dir: Path) -> Reference:
 
 @pytest.fixture(scope="session")
 def service(cluster: None, base_dir: Path) -> Iterator[Any]:
-    remote: Any = ray.remote(Sampler).options(num_cpus=0, max_concurrency=1000)
+    remote: Any = ray.remote(concurrency_groups=CONCURRENCY_GROUPS)(Sampler).options(num_cpus=0, max_concurrency=1000)
     actor = remote.remote(1)
     ray.get(actor.start.remote(spec(base_dir)), timeout=START_TIMEOUT_S)
     yield actor

@@ -15,6 +15,7 @@ import pytest
 import ray
 from sampler_parts import random_tokens, start_learner
 
+from actors import batches
 from actors.learner import RayLearnerGroup
 from weaver_rl.errors import BatchError, CheckpointError, ConfigError, LearnerLostError
 from weaver_rl.learner.adapter_config import AdapterConfig
@@ -115,6 +116,26 @@ def test_a_loss_that_is_a_sum_is_not_divided_by_weights(groups: dict[int, RayLea
     assert one.loss == pytest.approx(float(np.concatenate(terms).sum()), rel=1e-5)
     assert two.loss == pytest.approx(one.loss, rel=1e-5)
     assert norm_of_two == pytest.approx(norm, rel=1e-5)
+
+
+def test_a_large_batch_goes_by_reference_and_comes_out_the_same(
+    groups: dict[int, RayLearnerGroup], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def run() -> list[Any]:
+        await groups[2].add_adapter("a", AdapterConfig(rank=2))
+        model = groups[2].with_adapter("a")
+        losses = await train(model, 0)
+        after = flat(await model.forward(make_data(50)))
+        await groups[2].remove_adapter("a")
+        return [*losses, *after]
+
+    small = asyncio.run(run())
+    puts = []
+    put = ray.put
+    monkeypatch.setattr(batches, "LARGE_BYTES", 0)
+    monkeypatch.setattr(batches.ray, "put", lambda data: puts.append(data) or put(data))
+    assert asyncio.run(run()) == small
+    assert len(puts) == 2 * 3  # each rank has its own part
 
 
 def test_states_go_through_files_and_only_into_what_they_are_of(

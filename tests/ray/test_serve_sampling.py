@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -192,17 +192,23 @@ def test_hundreds_of_callers_at_once_are_all_answered(server: RunningServer):
     assert asyncio.run(main()) == [1] * 300
 
 
+def long_completions(sampling: Any, prompt: list[int]) -> Iterator[tuple[SamplingParams, list[int]]]:
+    """Parameters whose completion lasts long enough for a pause to come in between, and its tokens."""
+    for seed in range(50):
+        params = SamplingParams(temperature=1.0, max_tokens=220, seed=seed)
+        tokens = sequences_of(sampling.sample(prompt=prompt_of(prompt), sampling_params=params))[0]["tokens"]
+        if len(tokens) == 220:
+            yield params, tokens
+
+
 def test_whole_models_have_an_engine_that_can_be_paused(client: ServiceClient):
-    model = trained(client, steps=1, training_mode="full_ft")
+    model = trained(client, steps=0, training_mode="full_ft")  # which seldom ends a completion early
     try:
         old = model.save_weights_and_get_sampling_client(name="first")
         prompt = model.tokenizer.encode("6 + 2 =")
-        params = SamplingParams(temperature=1.0, max_tokens=200, seed=4)
-        old.sample(prompt=prompt_of(prompt), sampling_params=SamplingParams(max_tokens=2))  # its engine is up then
-        undisturbed = sequences_of(old.sample(prompt=prompt_of(prompt), sampling_params=params))[0]["tokens"]
+        params, undisturbed = next(long_completions(old, prompt))
 
         running = [old.sample(prompt=prompt_of(prompt), sampling_params=params, wait=False) for _ in range(4)]
-        time.sleep(0.2)  # some tokens; the test holds with none as well
         with old.paused(mode="abort"):
             aborted = [handle.result()["result"]["sequences"][0] for handle in running]
             train(model, 2)
@@ -226,6 +232,37 @@ def test_whole_models_have_an_engine_that_can_be_paused(client: ServiceClient):
         assert float((torch.tensor(answer["logprobs"]) - expected).abs().max()) < TOLERANCE
         again = sequences_of(old.sample(prompt=prompt_of(prompt), sampling_params=params))[0]
         assert again["tokens"] == undisturbed, "the old session keeps the old weights"
+    finally:
+        model.terminate()
+
+
+def test_more_samples_than_an_engine_takes_at_a_time_wait_for_its_pause_to_end(client: ServiceClient):
+    """Paused before there is an engine; and what waits outside it ends with an abort as what is inside does."""
+    model = trained(client, seed=10, steps=1, training_mode="full_ft")
+    try:
+        sampling = model.save_weights_and_get_sampling_client()
+        sampling.pause_generation(mode="in_place")
+
+        def submit(seed: int) -> Any:
+            params = SamplingParams(max_tokens=2, seed=seed)
+            return sampling.sample(prompt=prompt_of([5, 6]), sampling_params=params, wait=False)
+
+        def reasons(handle: Any) -> set[str]:
+            return {sequence["stop_reason"] for sequence in handle.result()["result"]["sequences"]}
+
+        with ThreadPoolExecutor(16) as pool:
+            handles = list(pool.map(submit, range(1100)))
+            time.sleep(15)  # the engine starts, loads and is given as many as it takes
+            handles[0].refresh()
+            assert not handles[0].done()
+            sampling.continue_generation()
+            assert set().union(*pool.map(reasons, handles)) <= {"stop", "length"}
+            sampling.pause_generation(mode="retract")
+            handles = list(pool.map(submit, range(1100)))
+            sampling.pause_generation(mode="abort")
+            assert set().union(*pool.map(reasons, handles)) == {"abort"}
+            sampling.continue_generation()
+            assert reasons(submit(1)) <= {"stop", "length"}
     finally:
         model.terminate()
 

@@ -39,8 +39,10 @@ from weaver_rl.service.results import (
     LogprobsResult,
     OptimResult,
     Render,
+    Rendered,
     Result,
 )
+from weaver_rl.service.weaver_paths import parse_checkpoint_path
 from weaver_rl.types import AdamParams
 
 TINY = LineupModel(
@@ -97,6 +99,7 @@ class FakeService:
             tags=new.tags,
             labels=new.labels,
             user_metadata=new.user_metadata,
+            scheduling_policy=new.scheduling_policy,
         )
         self.sessions[session.id] = session
         return session
@@ -240,6 +243,12 @@ class FakeService:
             operation = self.operations[operation_id]
         return operation
 
+    async def operation_attachment(self, owner: str, operation_id: str) -> bytes:
+        attachment: bytes | None = _own(self.operations, owner, operation_id).attachment
+        if attachment is None:
+            raise ServiceError("not_found", f"{operation_id} has none", status=404)
+        return attachment
+
     def operations_in_flight(self, owner: str) -> int:
         return self.in_flight
 
@@ -343,7 +352,9 @@ class FakeService:
         operation = self.operations[operation_id]
         error = self.fail_operations
         if error is None:
-            ended = replace(operation, status="done", response=render(result), finished_at=time.time())
+            made = render(result)
+            response, attachment = (made.response, made.attachment) if isinstance(made, Rendered) else (made, None)
+            ended = replace(operation, status="done", response=response, attachment=attachment, finished_at=time.time())
         else:
             ended = replace(
                 operation,
@@ -378,8 +389,10 @@ class FakeService:
         return checkpoint
 
     def _at_path(self, owner: str, path: str) -> Checkpoint:
+        asked = parse_checkpoint_path(path)
         for checkpoint in self.checkpoints_by_id.values():
-            if checkpoint.owner == owner and checkpoint.path == path:
+            of = (checkpoint.model_id, checkpoint.name)
+            if checkpoint.owner == owner and of == (asked.model_id, asked.name):
                 return checkpoint
         raise ServiceError("not_found", f"there is no checkpoint {path}", status=404)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -12,8 +12,10 @@ from virtual_clock import run_virtually
 
 from weaver_rl.errors import ServiceError
 from weaver_rl.service.config import OperationsConfig
+from weaver_rl.service.operation_work import Run
 from weaver_rl.service.operations import Operations
 from weaver_rl.service.records import Model, Operation, OperationKind
+from weaver_rl.service.results import Rendered
 
 OWNER = "team-a"
 WAIT_S = 5.0
@@ -51,7 +53,12 @@ class FakeStore:
     async def operation(self, owner: str, operation_id: str) -> Operation | None:
         await asyncio.sleep(0)
         found = self.rows.get(operation_id)
-        return found if found is not None and found.owner == owner else None
+        return replace(found, attachment=None) if found is not None and found.owner == owner else None
+
+    async def operation_attachment(self, owner: str, operation_id: str) -> bytes | None:
+        await asyncio.sleep(0)
+        found = self.rows.get(operation_id)
+        return found.attachment if found is not None and found.owner == owner else None
 
     async def operation_at(self, model_id: str, seq_id: int) -> Operation | None:
         await asyncio.sleep(0)
@@ -123,19 +130,20 @@ class Bench:
         )
 
     def run(
-        self, name: str, seconds: float = 1.0, error: BaseException | None = None
-    ) -> Callable[[], Awaitable[bytes]]:
-        async def work() -> bytes:
+        self, name: str, seconds: float = 1.0, error: BaseException | None = None, attachment: bytes | None = None
+    ) -> Run:
+        async def work() -> bytes | Rendered:
             self.ran.append(name)
             await asyncio.sleep(seconds)
             if error is not None:
                 raise error
-            return name.encode()
+            response = name.encode()
+            return response if attachment is None else Rendered(response=response, attachment=attachment)
 
         return work
 
     async def submit(self, seq_id: int | None = None, *, name: str | None = None, **more: Any) -> Operation:
-        of_run = {key: more.pop(key) for key in ("seconds", "error") if key in more}
+        of_run = {key: more.pop(key) for key in ("seconds", "error", "attachment") if key in more}
         operation = self.operation(seq_id, **more)
         return await self.operations.submit(operation, self.run(name or str(seq_id), **of_run))
 

@@ -28,6 +28,11 @@ from benchmarks.machine import machine_facts
 from benchmarks.overlap import Stages, stages_of, step_seconds
 from benchmarks.results import Aim, Results, Row, number
 from benchmarks.scale import Scale
+from benchmarks.service_load import Level, Load, Served, closed_loop
+from benchmarks.service_memory import memory_rows
+from benchmarks.service_process import serving
+from benchmarks.service_samples import ALONE, WITH_LORA, level_rows
+from benchmarks.service_training import Sequences, check_same_loss, sdk_data
 from benchmarks.sleeping_sampler import Pace, SleepingSampler, fake_probe, stamps
 from benchmarks.step_share import outside_share
 from weaver_rl.audit_report import AuditReport
@@ -356,3 +361,85 @@ def test_generation_times_have_the_mean_that_was_asked_for() -> None:
     seconds = [pace.seconds(seed) for seed in range(2000)]
     assert sum(seconds) / len(seconds) == pytest.approx(1.5, rel=0.05)
     assert min(seconds) > 0.2
+
+
+# -- service -----------------------------------------------------------------------------------------------------------
+
+
+def test_callers_ask_for_each_request_once_and_wait_for_their_answer() -> None:
+    waiting, most, asked, num_polls = 0, 0, [], 100
+
+    async def ask(caller: int, number: int) -> tuple[int, ...]:
+        nonlocal waiting, most, num_polls
+        waiting, num_polls = waiting + 1, num_polls + 2
+        most = max(most, waiting)
+        asked.append(number)
+        await asyncio.sleep(0.001 * (3 - caller))
+        waiting -= 1
+        return number, number
+
+    level = Level(num_callers=3, num_requests=10)
+    clock = iter([{"server": 5.0}, {"server": 5.5}])
+    served = asyncio.run(closed_loop(level, ask, lambda: next(clock), lambda: num_polls))
+    assert (sorted(asked), most) == (list(range(10)), 3)
+    assert (len(served.latencies_s), served.num_polls) == (10, 20)
+    assert served.cpu_ms("server", "engine") == pytest.approx(50.0)
+    assert served.requests_per_s == pytest.approx(10 / served.seconds)
+
+
+def test_all_ask_for_the_same_in_prompts_of_one_length() -> None:
+    levels = (Level(num_callers=1, num_requests=3), Level(num_callers=4, num_requests=9))
+    load = Load.of(levels, vocab_size=50, prompt_tokens=7, max_tokens=2)
+    assert load == Load.of(levels, vocab_size=50, prompt_tokens=7, max_tokens=2)
+    assert [len(prompt) for prompt in load.prompts] == [7] * 9
+    assert all(0 <= token < 50 for prompt in load.prompts for token in prompt)
+
+
+def served(seconds: float, digest: int = 1, **cpu_s: float) -> Served:
+    level = Level(num_callers=16, num_requests=4)
+    latencies_s = (0.1, 0.2, 0.3, 0.4)
+    return Served(level=level, seconds=seconds, latencies_s=latencies_s, digest=digest, cpu_s=cpu_s, num_polls=2)
+
+
+def test_a_level_stands_beside_the_engine_alone_round_by_round() -> None:
+    ours = [served(2.0, server=0.4, sampler=0.8, callers=9.0), served(4.0, server=0.4, sampler=0.8, callers=9.0)]
+    theirs = {ALONE: [served(1.0, engine=0.6)] * 2, WITH_LORA: [served(2.0, digest=2, engine=0.6)] * 2}
+    rate, with_lora, p50, p95, cpu = level_rows(ours, theirs, max_tokens=8)
+    assert (rate.quantity, rate.ours, rate.baseline) == ("requests/s", 1.5, 4.0)
+    assert rate.case == "samples, 16 callers: 4 requests of 8 tokens"
+    assert rate.note == "0.50 polls per request; the same tokens"
+    assert rate.ratio is not None
+    assert with_lora.ratio is not None
+    assert (rate.ratio.values, with_lora.ratio.values) == ((0.5, 0.25), (1.0, 0.5))
+    assert (p50.ours, p95.ours) == (pytest.approx(250.0), pytest.approx(385.0))
+    assert (cpu.ours, cpu.baseline) == (pytest.approx(300.0), pytest.approx(150.0))
+    assert "callers 2250.00" in cpu.note
+
+
+def test_memory_grows_by_so_much_for_each_model_after_the_first() -> None:
+    before = {"server": 100.0, "learner": 200.0, "sampler": 400.0}
+    resident = {1: before | {"learner": 220.0}, 4: before | {"learner": 250.0}}
+    rows = {row.case: row for row in memory_rows(before, resident)}
+    assert len(rows) == 6
+    assert rows["memory, 1 LoRA model of rank 32: learner rank"].ours == 220.0
+    four = rows["memory, 4 LoRA models of rank 32: learner rank"]
+    assert (four.baseline, four.note) == (200.0, "10.0 MiB for each model after the first")
+
+
+def test_the_sdk_and_the_learner_alone_are_given_the_same_data() -> None:
+    sequences = Sequences.of(3, 6, vocab_size=20)
+    assert sequences.num_tokens == 18
+    for datum, (tokens, inputs) in zip(sdk_data(sequences), sequences.pairs(), strict=True):
+        assert datum.model_input.to_ints() == tokens.tolist()
+        assert {name: value.data.tolist() for name, value in datum.loss_fn_inputs.items()} == {
+            name: value.tolist() for name, value in inputs.items()
+        }
+    check_same_loss("SDK", [2.0, 2.001], [2.0, 2.0])
+    with pytest.raises(RuntimeError, match=r"SDK: the loss is 2\.1, that of the learner alone 2\.0"):
+        check_same_loss("SDK", [2.1], [2.0])
+
+
+def test_a_server_that_does_not_start_says_why(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match=r"(?s)status 2:.*unheard"), serving(tmp_path / "state", ["unheard=1"]):
+        pass
+    assert not (tmp_path / "state").exists()

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import json
 import uuid
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from http_client import API, Client, refusal, with_client
+from pydantic import ValidationError
+
+from weaver_rl.errors import ServiceError
+from weaver_rl.service.http.wire import LoadBody
+from weaver_rl.service.weaver_paths import parse_checkpoint_path
 
 pytestmark = pytest.mark.unit
 
@@ -58,6 +64,51 @@ def test_export_for_samplers_loading_and_time_to_live():
         assert "ttl_seconds: is missing" in refusal(response, 400, "invalid_request")["message"]
 
     with_client(check)
+
+
+def test_paths_as_older_clients_write_them():
+    async def check(c: Client) -> None:
+        name = "n" * 128
+        await c.post(f"/models/{c.model}/export-sampler", {"seq_id": 1, "path": name})
+        older = f"weaver://{c.model}/{name}"
+        await c.post(f"/models/{c.model}/load", {"path": older})
+        assert c.service.calls[-1] == ("load", (older, False))
+        await c.sampling_session(model_path=older)
+        response = await c.http.patch(f"{API}/models/{c.model}/checkpoints/ttl", json={"path": older, "ttl_seconds": 5})
+        assert response.json()["path"] == f"weaver://{c.model}/checkpoints/{name}"
+
+    with_client(check)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [
+        "weaver://m/checkpoints/a",
+        "weaver://m/a",
+        "weaver://m/checkpoints",
+        f"weaver://{'m' * 64}/a",
+        f"weaver://{'m' * 65}/a",
+        f"weaver://m/{'a' * 128}",
+        f"weaver://m/{'a' * 129}",
+        "weaver://m/checkpoints/",
+        "weaver://m/",
+        "weaver://m/a/b",
+        "weaver://m/a\n",
+        "xweaver://m/a",
+        "weaver://m_/a",
+        "weaver:///a",
+    ],
+)
+def test_the_edge_takes_the_paths_that_the_service_takes_and_no_other(path: str):
+    def takes(check: Callable[[], object]) -> bool:
+        try:
+            check()
+        except (ServiceError, ValidationError):
+            return False
+        return True
+
+    by_edge = takes(lambda: LoadBody.model_validate({"path": path}))
+    assert by_edge == takes(lambda: parse_checkpoint_path(path))
 
 
 TRAVERSALS = [

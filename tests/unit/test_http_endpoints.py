@@ -5,13 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
+from contextlib import AbstractAsyncContextManager
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
+from fake_cluster import FakeLearners, FakeSamplers
 from http_client import API, Client, new_model, prompt, refusal, with_client
 from http_fakes import FakeService
-from http_serving import calling, face
+from http_serving import calling, face, served_service
 from test_http_training import datum, for_model, request
 
 from weaver_rl.errors import ServiceError
@@ -42,14 +46,29 @@ def test_a_session_says_its_scheduling_policy_as_it_came(policy: dict[str, Any] 
         }
         created = await c.post("/sessions", {name: value for name, value in body.items() if value is not None})
         uuid.UUID(created["id"])
-        assert created["scheduling_policy"] == policy
         assert (created["organization_id"], created["project_id"]) == (ORGANIZATION_ID, PROJECT_ID)
         again = await c.get(f"/sessions/{created['id']}")
-        for name in ("tags", "user_metadata", "sdk_version", "name", "labels"):
+        for name in ("tags", "user_metadata", "sdk_version", "name", "labels", "scheduling_policy"):
             assert created[name] == again[name] == body[name]
         assert datetime.fromisoformat(created["created_at"]).utcoffset() is not None
 
     with_client(check)
+
+
+def test_the_real_service_keeps_a_scheduling_policy_over_a_restart(tmp_path: Path):
+    policy = {"mode": "fixed", "clusters": ["c1"]}
+
+    async def check() -> None:
+        def serving() -> AbstractAsyncContextManager[str]:
+            return served_service(tmp_path, {}, HttpConfig(port=0), FakeLearners(), FakeSamplers())
+
+        async with serving() as url, httpx.AsyncClient(base_url=url + API) as http:
+            created = (await http.post("/sessions", json={"scheduling_policy": policy})).json()
+            assert created["scheduling_policy"] == policy
+        async with serving() as url, httpx.AsyncClient(base_url=url + API) as http:
+            assert (await http.get(f"/sessions/{created['id']}")).json()["scheduling_policy"] == policy
+
+    asyncio.run(check())
 
 
 def test_heartbeat_and_metrics():
@@ -298,16 +317,6 @@ def test_a_response_is_embedded_as_it_is():
     assert json.loads(text)["type"] == "sample"
     running = Operation(id="o", owner="a", kind="sample", created_at=10.0, status="running")
     assert json.loads(operation_json(running, now=12.5))["pending_info"]["wait_seconds"] == 2.5
-
-
-def test_there_are_no_tensor_packs_of_results():
-    async def check(c: Client) -> None:
-        operation = await c.post(f"/models/{c.model}/optimizer-steps", {"payload": {"seq_id": 1}})
-        response = await c.http.get(f"{API}/operations/{operation['id']}/tensor-pack")
-        assert "inline" in refusal(response, 404, "not_found")["message"]
-        refusal(await c.http.get(f"{API}/operations/{uuid.uuid4()}/tensor-pack"), 404, "not_found")
-
-    with_client(check)
 
 
 def test_loss_functions_are_described():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 import logging
 import re
 import socket
@@ -15,6 +16,7 @@ import pytest
 from http_client import a_model, refusal
 from http_fakes import FakeService
 from http_serving import calling, face, serve_config, served
+from test_http_training import datum, for_model, request
 
 from weaver_rl.errors import ConfigError, ServiceError
 from weaver_rl.service.config import AuthConfig, HttpConfig, LimitsConfig, is_loopback
@@ -184,9 +186,21 @@ async def _too_many_operations() -> None:
         response = await client.post(f"/api/v1/models/{model}/export-sampler", json={"seq_id": 4})
         refusal(response, 429, "rate_limited")
         assert service.skipped == [(model, 3), (model, 4)]
-        for path, body in (("forward-passes", {}), ("checkpoints", {"type": "weight"})):
-            refusal(await client.post(f"/api/v1/models/{model}/{path}", json=body), 429, "rate_limited")
+        refusal(await client.post(f"/api/v1/models/{model}/checkpoints", json={"type": "weight"}), 429, "rate_limited")
+        passes = f"/api/v1/models/{model}/forward-backward-passes"
+        small = for_model(request(datum(), seq_id=6), model)
+        assert refusal(await client.post(passes, json=small), 429, "rate_limited")["retryable"] is True
+        assert service.skipped == [(model, 3), (model, 4), (model, 6)]
+
+        async def large() -> Any:
+            yield b" " * (2 << 20)
+            pytest.fail("a large body was read, though its request had no room")
+
+        for length in ({}, {"Content-Length": str(3 << 20)}):
+            refusal(await client.post(passes, content=large(), headers=length), 429, "rate_limited")
+        assert (len(service.skipped), service.num_receiving) == (3, 0)
         service.in_flight = 3
+        assert (await client.post(passes, json=small)).status_code == 202
         response = await client.post(f"/api/v1/models/{model}/optimizer-steps", json={"payload": {"seq_id": 5}})
         assert response.status_code == 202
 
@@ -218,6 +232,47 @@ async def _too_large() -> None:
 
 def test_bodies_are_bounded_by_what_they_say_and_by_what_they_are():
     asyncio.run(_too_large())
+
+
+async def _together() -> None:
+    service = FakeService()
+    app = face(service, http=HttpConfig(port=0, max_body_mb=2, max_bodies_mb=3, submit_grace_s=0))
+    async with calling(app) as client:
+        model = await a_model(client)
+        passes = f"/api/v1/models/{model}/forward-backward-passes"
+        go_on = asyncio.Event()
+
+        async def slow(num_mib: int) -> Any:
+            for _ in range(num_mib):
+                yield b" " * (1 << 20)
+            await go_on.wait()
+            yield json.dumps(for_model(request(datum()), model)).encode()
+
+        json_type = {"Content-Type": "application/json"}
+        whole = str((1 << 20) + len(json.dumps(for_model(request(datum()), model))))
+        # One says beforehand how much will come, the other does not.
+        arriving = [
+            asyncio.create_task(client.post(passes, content=slow(1), headers=json_type | length))
+            for length in ({"Content-Length": whole}, {})
+        ]
+        await asyncio.sleep(0.2)
+        for content in (b" " * (1 << 20), slow(1)):
+            refused = refusal(await client.post(passes, content=content, headers=json_type), 429, "rate_limited")
+            assert (refused["retryable"], refused["retry_after"]) == (True, 2.0)
+        assert (await client.get(f"/api/v1/models/{model}")).status_code == 200
+        assert (await client.post("/api/v1/sessions", json={})).status_code == 201
+        too_large = await client.post(passes, content=b" " * (3 << 20), headers=json_type)
+        refusal(too_large, 413, "request_too_large")
+        go_on.set()
+        assert [answer.status_code for answer in await asyncio.gather(*arriving)] == [202, 202]
+        for _ in range(3):
+            assert (await client.post(passes, content=slow(1), headers=json_type)).status_code == 202
+
+
+def test_all_bodies_together_are_bounded():
+    asyncio.run(_together())
+    with pytest.raises(ValueError, match="max_bodies_mb is 1023 and max_body_mb 1024"):
+        HttpConfig(max_bodies_mb=1023)
 
 
 async def _stalled(monkeypatch: pytest.MonkeyPatch) -> None:

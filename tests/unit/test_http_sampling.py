@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from http_client import API, Client, prompt, refusal, with_client
+from http_fake_results import sample_result
 
+from weaver_rl.rollout import SamplingConfig
+from weaver_rl.service.calls import SampleCall
 from weaver_rl.service.config import LimitsConfig
+from weaver_rl.service.http.render import render_result
 
 pytestmark = pytest.mark.unit
 
@@ -83,6 +89,22 @@ def test_samples_without_anything_special():
     with_client(check)
 
 
+def test_a_sample_that_was_aborted_before_its_prompt_was_read_has_null_for_the_prompts_logprobs():
+    call = SampleCall(
+        token_ids=(1, 2),
+        num_samples=1,
+        sampling=SamplingConfig(),
+        wants_prompt_logprobs=True,
+        num_top_prompt_logprobs=2,
+    )
+    whole = sample_result(call)
+    aborted = replace(whole, group=replace(whole.group, prompt_logprobs=None))
+    rendered = render_result(aborted)
+    assert isinstance(rendered, bytes)
+    result = json.loads(rendered)["result"]
+    assert (result["prompt_logprobs"], result["topk_prompt_logprobs"]) == (None, None)
+
+
 @pytest.mark.parametrize(
     ("seeds", "used"),
     [({"seed": 0}, 0), ({"sampling_seed": 3}, 3), ({"seed": 3, "sampling_seed": 3}, 3), ({"seed": None}, None)],
@@ -142,8 +164,14 @@ def test_logprobs():
         for bad, code in (
             ({"return_rollout_token_expert": True}, "unsupported"),
             ({"loss_fn_config": {"temperature": 0}}, "invalid_request"),
+            ({"loss_fn_config": {"temperature": 0.009}}, "invalid_request"),
+            ({"loss_fn_config": {"temperature": 2.1}}, "invalid_request"),
         ):
-            refusal(await c.http.post(API + path, json={"prompt": prompt(1)} | bad), 400, code)
+            response = await c.http.post(API + path, json={"prompt": prompt(1)} | bad)
+            named = next(iter(bad)) + (".temperature: " if code == "invalid_request" else ": ")
+            assert named in refusal(response, 400, code)["message"]
+        for temperature in (0.01, 2):
+            await c.post(path, {"prompt": prompt(1), "loss_fn_config": {"temperature": temperature}})
 
     with_client(check)
 

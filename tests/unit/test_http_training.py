@@ -14,7 +14,7 @@ from http_fakes import FakeService
 from http_serving import calling, face
 
 from weaver_rl.service.calls import TrainingCall
-from weaver_rl.service.http.decoding import DecodeJob, Refusal, decode
+from weaver_rl.service.http.decoding import Decoded, DecodeJob, Refusal, decode
 
 pytestmark = pytest.mark.unit
 
@@ -38,9 +38,10 @@ def request(*data: dict[str, Any], seq_id: Any = 1, backward: bool = True, **cha
 
 def decoded(body: Any, *, backward: bool = True, content_type: str = "application/json") -> TrainingCall | Refusal:
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
-    return decode(
+    result = decode(
         DecodeJob(body=raw, content_type=content_type, model_id=MODEL_ID, backward=backward, limit_bytes=1 << 20)
     )
+    return result.call if isinstance(result, Decoded) else result
 
 
 def call_of(body: Any, **how: Any) -> TrainingCall:
@@ -286,6 +287,34 @@ async def _anothers() -> None:
 
 def test_a_model_of_another_key_is_not_there_and_its_order_is_not_touched():
     asyncio.run(_anothers())
+
+
+@pytest.mark.parametrize(
+    ("field", "bad"),
+    [
+        ("learning_rate", [-1e-9, True, "1", None, "1e400"]),
+        ("beta1", [-0.1, 1, 1.5]),
+        ("beta2", [-0.1, 1]),
+        ("eps", [0, 0.0, -1e-8, 1e-400]),
+        ("weight_decay", [-0.1]),
+        ("grad_clip_norm", [-1, float("nan"), float("inf"), 10**400]),
+    ],
+)
+def test_an_optimizer_step_that_cannot_be_names_its_field(field: str, bad: list[Any]):
+    async def refused_all() -> None:
+        service = FakeService()
+        async with calling(face(service)) as client:
+            model = await a_model(client)
+            for value in bad:
+                raw = json.dumps({"payload": {"seq_id": 1, "adam_params": {field: value}}}).replace('"1e400"', "1e400")
+                response = await client.post(
+                    f"/api/v1/models/{model}/optimizer-steps", content=raw, headers={"Content-Type": "application/json"}
+                )
+                message = refusal(response, 400, "invalid_request")["message"]
+                assert field in message or "no JSON" in message, (value, message)
+            assert service.calls == []
+
+    asyncio.run(refused_all())
 
 
 async def _optim() -> None:

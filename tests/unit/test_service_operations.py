@@ -226,6 +226,51 @@ def test_many_wait_for_one_end_and_each_only_as_long_as_it_said():
     virtually(scenario)
 
 
+def test_an_attachment_is_fetched_by_itself_while_it_is_kept():
+    async def scenario() -> None:
+        bench = Bench()
+        operation = await bench.submit(1, attachment=b"pack")
+        with pytest.raises(ServiceError, match="no binary part") as error:
+            await bench.operations.attachment(OWNER, operation.id)
+        assert refused(error) == ("not_found", 404, False)
+        ended = await bench.end(operation)
+        assert (ended.status, ended.response, ended.attachment) == ("done", b"1", b"pack")
+        for _ in range(2):
+            assert await bench.operations.attachment(OWNER, operation.id) == b"pack"
+        assert (await bench.end(operation)).attachment is None
+        plain = await bench.submit(2)
+        await bench.end(plain)
+        for owner, operation_id in ((OWNER, plain.id), ("another", operation.id), (OWNER, "op-none")):
+            with pytest.raises(ServiceError) as error:
+                await bench.operations.attachment(owner, operation_id)
+            assert refused(error) == ("not_found", 404, False)
+
+    virtually(scenario)
+
+
+def test_an_attachment_that_the_store_does_not_take_is_answered_from_memory_and_goes_with_a_failure():
+    async def scenario() -> None:
+        bench = Bench()
+        operation = await bench.submit(1, attachment=b"pack")
+        bench.store.broken = ServiceError("storage_unavailable", "no disk", status=503, retryable=True)
+        await bench.end(operation)
+        assert bench.store.rows[operation.id].status == "pending"
+        assert await bench.operations.attachment(OWNER, operation.id) == b"pack"
+        bench.store.broken = None
+        await asyncio.sleep(2 * RETRY_S)
+        assert await bench.operations.attachment(OWNER, operation.id) == b"pack"
+        assert bench.store.rows[operation.id].attachment == b"pack"
+        large = await bench.submit(2, attachment=b"too much")
+        bench.store.broken = ServiceError("invalid_request", "larger than the database can hold")
+        ending = asyncio.ensure_future(bench.end(large))
+        await asyncio.sleep(1.5)
+        bench.store.broken = None
+        ended = await ending
+        assert (ended.error_code, ended.response, ended.attachment) == ("too_large", None, None)
+
+    virtually(scenario)
+
+
 # -- failures --------------------------------------------------------------------------------------------------------
 
 TRAINING: tuple[OperationKind, ...] = ("forward_backward", "optim_step", "load")
@@ -247,6 +292,12 @@ OTHERS: tuple[OperationKind, ...] = ("forward", "export_sampler", "save", "expor
         (TimeoutError("secret"), "timeout", True, False),
         (KeyError("secret"), "internal_error", False, False),
         (ServiceError("odd", "as it says", retryable=True, details={"a": 1}), "odd", True, True),
+        (
+            ServiceError("storage_unavailable", "no disk", status=503, retryable=True, details={"a": 1}),
+            "storage_unavailable",
+            True,
+            False,
+        ),
     ],
 )
 def test_every_error_has_a_code_and_is_honest_about_another_try(

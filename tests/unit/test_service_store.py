@@ -84,10 +84,12 @@ def test_records_come_back_as_they_were_also_after_a_restart(url: str):
             artifact = await store.add_artifact(an_artifact(checkpoint))
             sampling = await store.add_sampling_session(a_sampling_session(session.id, checkpoint_id=checkpoint.id))
             whole = await store.add_model(a_model(session.id, 2, training_mode="full_ft", lora=None))
+            placed = await store.add_session(a_session(scheduling_policy={"mode": "fixed", "clusters": ["a"]}))
             await store.add_metrics([a_metric(session.id), a_metric(session.id, model_id=None, step=4)])
             await store.add_metrics([])
         async with Store.opened(url, clock=rows.clock) as store:
             assert await store.session(OWNER, session.id) == session
+            assert await store.session(OWNER, placed.id) == placed
             assert await store.model(OWNER, model.id) == model
             assert await store.model(OWNER, whole.id) == whole
             assert await store.operation(OWNER, operation.id) == operation
@@ -283,6 +285,29 @@ def test_an_operation_ends_once(url: str):
             model = await rows.store.model(OWNER, rows.model.id)
             assert model is not None
             assert model.last_seq_id == 5
+
+    asyncio.run(scenario())
+
+
+def test_an_attachment_is_kept_with_its_operation_and_read_only_when_it_is_asked_for(url: str):
+    async def scenario() -> None:
+        attachment = bytes(range(256)) * 8000
+        async with filled(url) as rows:
+            operation = await rows.store.add_operation(an_operation(rows.model.id, 1))
+            assert await rows.store.operation_attachment(OWNER, operation.id) is None
+            ended = replace(operation, status="done", response=b"{}", attachment=attachment, finished_at=NOW)
+            assert await rows.store.finish_operation(ended)
+            plain = await rows.store.add_operation(an_operation(rows.model.id, 2))
+            await rows.store.finish_operation(replace(plain, status="done", response=b"{}", finished_at=NOW + 5))
+        async with Store.opened(url, clock=rows.clock) as store:
+            light = replace(ended, attachment=None)
+            assert await store.operation(OWNER, operation.id) == light == await store.operation_at(rows.model.id, 1)
+            for _ in range(2):
+                assert await store.operation_attachment(OWNER, operation.id) == attachment
+            for owner, id_ in (("other", operation.id), (OWNER, plain.id), (OWNER, new_id())):
+                assert await store.operation_attachment(owner, id_) is None
+            assert await store.delete_operations_finished_before(NOW + 1) == 1
+            assert await store.operation_attachment(OWNER, operation.id) is None
 
     asyncio.run(scenario())
 

@@ -269,7 +269,7 @@ class EngineLoop:
                 self._run_commands()
                 if self._may_step() and not self._closed:
                     self._step()
-        except BaseException as error:  # noqa: BLE001 - boundary: who waits is told, and `is_closed` says it to who asks
+        except BaseException as error:  # boundary: who waits is told, and `is_closed` says it to whoever asks
             log.exception("%s: the thread of the engine ended", self._engine.name)
             end = f"ended: {type(error).__name__}: {error}"
         finally:

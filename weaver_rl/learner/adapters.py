@@ -119,11 +119,9 @@ class Adapters:
             # Of a tied embedding: it stays as it is, a merged model is written with a head of its own.
             warnings.simplefilter("ignore")
             # Without memory, so that nothing is drawn from the global generator.
-            try:
-                inject_adapter_in_model(config, model, key, low_cpu_mem_usage=True)
-            finally:
-                # PEFT would take the next adapter for one more of the same tuner.
-                vars(model).pop("peft_config", None)
+            inject_adapter_in_model(config, model, key, low_cpu_mem_usage=True)
+        # PEFT would take the next adapter for one more of the same tuner.
+        del model.peft_config
 
 
 class Adapter:

@@ -22,6 +22,8 @@ class NewSession:
     tags: tuple[str, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
     user_metadata: Mapping[str, Any] = field(default_factory=dict)
+    scheduling_policy: Mapping[str, Any] | None = None
+    """Means nothing here, and is told again as it came."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

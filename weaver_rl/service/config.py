@@ -68,12 +68,23 @@ class HttpConfig(Section):
     """How clients reach the server, for download links; null: as the request came."""
     max_body_mb: int = Field(default=1024, ge=1)
     """Largest body of a forward or forward_backward (MiB), JSON or tensor pack, also decompressed; others: 4 MiB."""
+    max_bodies_mb: int = Field(default=4096, ge=1)
+    """Bodies of all requests in flight together (MiB); one for which there is no room is answered with 429."""
     long_poll_s: float = Field(default=20.0, ge=0, le=30)
     """How long a poll of an operation that has not ended may be held."""
     submit_grace_s: float = Field(default=0.1, ge=0, le=1)
     """How long the answer to a submission may wait for the operation to end, which saves short ones a poll."""
     decode_workers: int = Field(default=1, ge=1)
     """Processes that decode large bodies."""
+
+    @model_validator(mode="after")
+    def _one_body_fits(self) -> HttpConfig:
+        if self.max_bodies_mb < self.max_body_mb:
+            raise ValueError(
+                f"max_bodies_mb is {self.max_bodies_mb} and max_body_mb {self.max_body_mb}: all bodies together must "
+                "have room for one"
+            )
+        return self
 
 
 class AuthConfig(Section):

@@ -68,10 +68,16 @@ _RULES: tuple[tuple[type[BaseException], _Rule], ...] = (
     ),
 )
 
+_MAY_BE_HALF_DONE = ("storage_unavailable",)
+"""Codes of what may fail after the effect: the learner did it, and the database does not take that."""
+
 
 def failure_of(error: BaseException, kind: OperationKind, operation_id: str) -> Failure:
     """What the client is told of `error`. Nothing of an error that was not made for people reaches it."""
     if isinstance(error, ServiceError):
+        if error.code in _MAY_BE_HALF_DONE and kind in CHANGES_MODEL:
+            message = f"the server's database failed during {kind}, which may have had its effect"
+            return Failure(code=error.code, message=f"{message}: load a checkpoint to be sure", details=error.details)
         return Failure(code=error.code, message=error.message, retryable=error.retryable, details=error.details)
     for kind_of_error, rule in _RULES:
         if isinstance(error, kind_of_error):

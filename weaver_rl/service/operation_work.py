@@ -9,8 +9,9 @@ from dataclasses import replace
 
 from weaver_rl.service.operation_failures import CHANGES_MODEL, Failure, failure_of, is_expected
 from weaver_rl.service.records import Operation
+from weaver_rl.service.results import Rendered
 
-Run = Callable[[], Awaitable[bytes]]
+Run = Callable[[], Awaitable[bytes | Rendered]]
 """What an operation does; its answer is the response."""
 
 GIVE_UP_S = 5.0
@@ -31,7 +32,7 @@ class OperationWork:
         self._run: Run | None = run
         self._timeout_s = timeout_s
         self._clock = clock
-        self._task: asyncio.Task[bytes] | None = None
+        self._task: asyncio.Task[bytes | Rendered] | None = None
         self._verdict: Failure | None = None
 
     def call_off(self, verdict: Failure, *, cancel: bool = False) -> None:
@@ -60,18 +61,18 @@ class OperationWork:
             self._task = None
         return self._outcome(task)
 
-    async def _stop(self, task: asyncio.Task[bytes]) -> None:
+    async def _stop(self, task: asyncio.Task[bytes | Rendered]) -> None:
         task.cancel()
         _, still_at_work = await asyncio.wait([task], timeout=GIVE_UP_S)
         if still_at_work:
             _log.error("operation %s (%s) does not stop; its model goes on", self._operation.id, self._operation.kind)
 
-    def _outcome(self, task: asyncio.Task[bytes]) -> Operation:
+    def _outcome(self, task: asyncio.Task[bytes | Rendered]) -> Operation:
         operation, verdict = self._operation, self._verdict
         if task.done() and not task.cancelled():
             error = task.exception()
             if error is None:
-                return replace(operation, status="done", response=task.result(), finished_at=self._clock())
+                return _done(operation, task.result(), self._clock())
             verdict = verdict or failure_of(error, operation.kind, operation.id)
             if not is_expected(verdict):
                 _log.error("operation %s (%s) failed", operation.id, operation.kind, exc_info=error)
@@ -88,12 +89,18 @@ class OperationWork:
         return Failure(code="timeout", message=f"{message}; it may have had its effect: load a checkpoint to be sure")
 
 
+def _done(operation: Operation, answer: bytes | Rendered, finished_at: float) -> Operation:
+    response, attachment = (answer.response, answer.attachment) if isinstance(answer, Rendered) else (answer, None)
+    return replace(operation, status="done", response=response, attachment=attachment, finished_at=finished_at)
+
+
 def failed(operation: Operation, failure: Failure, finished_at: float) -> Operation:
     """The operation ended with that failure."""
     return replace(
         operation,
         status="error",
         response=None,
+        attachment=None,
         error_code=failure.code,
         error_message=failure.message,
         error_details=failure.details,
@@ -102,5 +109,5 @@ def failed(operation: Operation, failure: Failure, finished_at: float) -> Operat
     )
 
 
-async def _awaited(run: Run) -> bytes:
+async def _awaited(run: Run) -> bytes | Rendered:
     return await run()

@@ -46,6 +46,8 @@ class OperationStore(Protocol):
 
     async def operation_at(self, model_id: str, seq_id: int) -> Operation | None: ...
 
+    async def operation_attachment(self, owner: str, operation_id: str) -> bytes | None: ...
+
     async def model(self, owner: str, model_id: str) -> Model | None: ...
 
 
@@ -140,6 +142,20 @@ class Operations:
         if found is None:
             kept = f"results are kept for {self._config.keep_s:g} s"
             raise ServiceError("not_found", f"there is no operation {operation_id}; {kept}", status=404)
+        return found
+
+    async def attachment(self, owner: str, operation_id: str) -> bytes:
+        """The binary part of the response of an operation that is done.
+
+        Raises:
+            ServiceError: 404 `not_found`; there is no such operation, or it has none.
+        """
+        operation = await self.wait(owner, operation_id, 0.0)
+        found = operation.attachment
+        if found is None and operation.status == "done":
+            found = await self._store.operation_attachment(owner, operation_id)
+        if found is None:
+            raise ServiceError("not_found", f"operation {operation_id} has no binary part", status=404)
         return found
 
     @contextlib.contextmanager

@@ -35,6 +35,8 @@ class Session:
     tags: tuple[str, ...] = ()
     labels: Mapping[str, str] = field(default_factory=dict)
     user_metadata: Mapping[str, Any] = field(default_factory=dict)
+    scheduling_policy: Mapping[str, Any] | None = None
+    """As the client sent it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +92,8 @@ class Operation:
     status: OperationStatus = "pending"
     response: bytes | None = None
     """JSON, in the shape of the protocol that asked; when `done`."""
+    attachment: bytes | None = None
+    """Binary part of the response. The store gives it by a method of its own alone: here it is None then."""
     error_code: str | None = None
     error_message: str | None = None
     error_details: Mapping[str, Any] = field(default_factory=dict)

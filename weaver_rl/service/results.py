@@ -73,5 +73,17 @@ class LogprobsResult:
 
 
 Result = TrainingResult | OptimResult | CheckpointResult | LoadResult | ArtifactResult | SampleResult | LogprobsResult
-Render = Callable[[Result], bytes]
-"""Spells a result as the JSON of one protocol; called off the event loop."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rendered:
+    """A result as one protocol spells it, in two parts."""
+
+    response: bytes
+    """JSON."""
+    attachment: bytes
+    """What the JSON refers to, fetched apart."""
+
+
+Render = Callable[[Result], bytes | Rendered]
+"""Spells a result as one protocol does, as JSON alone or in two parts; called off the event loop."""

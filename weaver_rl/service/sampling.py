@@ -19,7 +19,7 @@ from weaver_rl.rollout import SamplingConfig
 from weaver_rl.service.calls import LineupModel, NewSamplingSession, SampleCall
 from weaver_rl.service.operations import Operations
 from weaver_rl.service.records import Checkpoint, Operation, SamplingSession
-from weaver_rl.service.results import LogprobsResult, Render, Result, SampleResult
+from weaver_rl.service.results import LogprobsResult, Render, Rendered, Result, SampleResult
 from weaver_rl.service.roles import PauseMode, Samplers, SamplerWeights
 from weaver_rl.service.store import Store
 from weaver_rl.service.weights import Weights
@@ -230,7 +230,7 @@ class Sampling:
         work: Callable[[], Awaitable[Result]],
         render: Render,
     ) -> Operation:
-        async def run() -> bytes:
+        async def run() -> bytes | Rendered:
             return await asyncio.to_thread(render, await work())
 
         now = self._clock()

@@ -130,6 +130,7 @@ class Service:
             tags=new.tags,
             labels=new.labels,
             user_metadata=new.user_metadata,
+            scheduling_policy=new.scheduling_policy,
         )
         return await self._store.add_session(session)
 
@@ -292,6 +293,10 @@ class Service:
     async def operation(self, owner: str, operation_id: str, wait_s: float) -> Operation:
         """As it is when it ended, or after `wait_s`."""
         return await self._operations.wait(owner, operation_id, wait_s)
+
+    async def operation_attachment(self, owner: str, operation_id: str) -> bytes:
+        """The binary part of its response."""
+        return await self._operations.attachment(owner, operation_id)
 
     def operations_in_flight(self, owner: str) -> int:
         """Of that owner, those that have not ended."""

@@ -174,6 +174,10 @@ class Store:
         """Of a model that the caller has looked up."""
         return await self._read(partial(operations.at, model_id=model_id, seq_id=seq_id))
 
+    async def operation_attachment(self, owner: str, operation_id: str) -> bytes | None:
+        """None: it has none, has not ended, or there is no such operation."""
+        return await self._read(partial(operations.attachment, owner=owner, operation_id=operation_id))
+
     async def finish_operation(self, ended: Operation) -> bool:
         """Records response or error, and raises the model's `last_seq_id`. False: it had ended before.
 

@@ -1,4 +1,7 @@
-"""What is asked of the table of operations, inside a transaction of somebody else. Responses in it are packed."""
+"""What is asked of the table of operations, inside a transaction of somebody else. Responses in it are packed.
+
+An operation is read without its attachment, which may be large and which hardly anybody who polls wants.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,14 @@ from weaver_rl.service.records import Operation
 from weaver_rl.service.store_statements import raise_last_seq_id
 from weaver_rl.service.store_tables import models, names_of, operations, record_of, row_of, unpack
 
-_COLUMNS = tuple(operations.c[name] for name in names_of(Operation))
+_COLUMNS = tuple(operations.c[name] for name in names_of(Operation) if name != "attachment")
 _UNFINISHED = operations.c.status == "pending"
 # Made once: for every sample they are executed, and to make them takes longer than that.
 _INSERT = insert(operations)
 _GET = select(*_COLUMNS).where(operations.c.id == bindparam("this_id"), operations.c.owner == bindparam("this_owner"))
+_ATTACHMENT = select(operations.c.attachment).where(
+    operations.c.id == bindparam("this_id"), operations.c.owner == bindparam("this_owner")
+)
 _FINISH = update(operations).where(operations.c.id == bindparam("this_id"), _UNFINISHED)
 
 
@@ -41,6 +47,10 @@ def get(connection: Connection, owner: str, operation_id: str) -> Operation | No
     return _record(connection.execute(_GET, {"this_id": operation_id, "this_owner": owner}).first())
 
 
+def attachment(connection: Connection, owner: str, operation_id: str) -> bytes | None:
+    return connection.execute(_ATTACHMENT, {"this_id": operation_id, "this_owner": owner}).scalar_one_or_none()
+
+
 def at(connection: Connection, model_id: str, seq_id: int) -> Operation | None:
     place = and_(operations.c.model_id == model_id, operations.c.seq_id == seq_id)
     return _record(connection.execute(select(*_COLUMNS).where(place)).first())
@@ -52,6 +62,7 @@ def finish(connection: Connection, ended: Operation, packed: bytes | None) -> bo
         "this_id": ended.id,
         "status": ended.status,
         "response": packed,
+        "attachment": ended.attachment,
         "error_code": ended.error_code,
         "error_message": ended.error_message,
         "error_details": ended.error_details,

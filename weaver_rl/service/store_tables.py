@@ -34,7 +34,7 @@ from weaver_rl.service.records import ArtifactFile, LoraParams
 
 R = TypeVar("R")
 
-VERSION = 1
+VERSION = 2
 """Of the layout below; a database with another one is refused."""
 
 MIN_PACKED_BYTES = 16 * 1024
@@ -118,6 +118,7 @@ sessions = Table(
     Column("tags", Json(tuple), nullable=False),
     Column("labels", Json, nullable=False),
     Column("user_metadata", Json, nullable=False),
+    Column("scheduling_policy", Json),
 )
 
 models = Table(
@@ -161,6 +162,8 @@ operations = Table(
     Column("error_details", Json, nullable=False),
     Column("retryable", Boolean, nullable=False),
     Column("finished_at", Double),
+    # The last: SQLite reads a row up to the columns that are asked for.
+    Column("attachment", LargeBinary),
     UniqueConstraint("model_id", "seq_id", name="one_operation_per_number"),
     Index("operations_by_end", "finished_at"),
 )

@@ -33,6 +33,7 @@ from weaver_rl.service.results import (
     LoadResult,
     OptimResult,
     Render,
+    Rendered,
     Result,
     TrainingResult,
 )
@@ -240,7 +241,7 @@ class Training:
         return await self._start(model.owner, kind, work, render, model_id=model.id, seq_id=seq_id, digest=digest)
 
     async def _start(self, owner: str, kind: OperationKind, work: Work, render: Render, **of: Any) -> Operation:
-        async def run() -> bytes:
+        async def run() -> bytes | Rendered:
             return await asyncio.to_thread(render, await work())
 
         operation = Operation(id=str(uuid.uuid4()), owner=owner, kind=kind, created_at=self._clock(), **of)

@@ -11,9 +11,12 @@ from dataclasses import dataclass
 
 from weaver_rl.errors import ServiceError
 
-_NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
-_MODEL_ID = "[A-Za-z0-9][A-Za-z0-9-]{0,127}"
-_CHECKPOINT = re.compile(f"weaver://(?P<model_id>{_MODEL_ID})/(?:checkpoints/)?(?P<name>{_NAME})")
+NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,127}"
+MODEL_ID = "[A-Za-z0-9][A-Za-z0-9-]{0,63}"
+CHECKPOINT = f"weaver://{MODEL_ID}/(?:checkpoints/)?{NAME}"
+"""Regular expressions that mean the same in Python, in Rust and in JSON Schema."""
+
+_PARTS = re.compile(f"weaver://(?P<model_id>{MODEL_ID})/(?:checkpoints/)?(?P<name>{NAME})")
 _ALLOWED_NAME = "a letter or digit, then letters, digits, '.', '_' and '-'; 128 characters at most"
 _SHOWN_CHARS = 200
 
@@ -28,14 +31,14 @@ class CheckpointPath:
 
 def check_name(name: str) -> str:
     """A name that a client may give to a checkpoint. Raises ServiceError 400 for another."""
-    if re.fullmatch(_NAME, name) is None:
+    if re.fullmatch(NAME, name) is None:
         raise _refusal(f"checkpoint name {_shown(name)} cannot be used; allowed is {_ALLOWED_NAME}")
     return name
 
 
 def parse_checkpoint_path(path: str) -> CheckpointPath:
     """Raises ServiceError 400 for anything that is not the name of a checkpoint."""
-    found = _CHECKPOINT.fullmatch(path)
+    found = _PARTS.fullmatch(path)
     if found is None:
         raise _refusal(
             f"{_shown(path)} is not the path of a checkpoint; write weaver://<model id>/checkpoints/<name>, where a "

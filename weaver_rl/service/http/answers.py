@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any, Literal, Self, TypeVar
 
@@ -62,7 +62,8 @@ class SessionAnswer(Answer):
     last_seen_at: str
 
     @classmethod
-    def of(cls, session: Session, scheduling_policy: Mapping[str, Any] | None = None) -> Self:
+    def of(cls, session: Session) -> Self:
+        policy = session.scheduling_policy
         return cls(
             id=session.id,
             name=session.name,
@@ -72,7 +73,7 @@ class SessionAnswer(Answer):
             sdk_version=session.sdk_version,
             organization_id=ORGANIZATION_ID,
             project_id=PROJECT_ID,
-            scheduling_policy=None if scheduling_policy is None else dict(scheduling_policy),
+            scheduling_policy=None if policy is None else dict(policy),
             created_at=iso_time(session.created_at),
             last_seen_at=iso_time(session.last_seen_at),
         )

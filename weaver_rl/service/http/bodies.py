@@ -12,6 +12,7 @@ from starlette.requests import ClientDisconnect
 
 from weaver_rl.errors import ServiceError
 from weaver_rl.service.http.decoding import FilePlace
+from weaver_rl.service.http.limits import BodyShare
 
 INLINE_BYTES = 64 << 10
 """Larger bodies are kept in a file and decoded in another process."""
@@ -25,11 +26,16 @@ async def body_chunks(request: Request, limit_bytes: int) -> AsyncIterator[bytes
     """The body, piece by piece.
 
     Raises:
-        ServiceError: 413 once it is known to be larger than `limit_bytes`, 408 when it stalls, 400 when it breaks off.
+        ServiceError: 413 once it is known to be larger than `limit_bytes`, 429 when all bodies together are too large,
+            408 when it stalls, 400 when it breaks off.
     """
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit_bytes:
-        raise _too_large(limit_bytes)
+    share: BodyShare = request.state.body_share
+    if declared.isdecimal():
+        if int(declared) > limit_bytes:
+            raise _too_large(limit_bytes)
+        # All of it at once: requests that begin together must not fail one another half-way.
+        share.grow_to(int(declared))
     size = 0
     stream = aiter(request.stream())
     while True:
@@ -47,6 +53,7 @@ async def body_chunks(request: Request, limit_bytes: int) -> AsyncIterator[bytes
         size += len(chunk)
         if size > limit_bytes:
             raise _too_large(limit_bytes)
+        share.grow_to(size)
         yield chunk
 
 

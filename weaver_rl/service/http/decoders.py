@@ -15,8 +15,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from weaver_rl.errors import ServiceError
-from weaver_rl.service.calls import TrainingCall
-from weaver_rl.service.http.decoding import DecodeJob, Refusal, decode
+from weaver_rl.service.http.decoding import Decoded, DecodeJob, Refusal, decode
 
 PR_SET_PDEATHSIG = 1
 
@@ -37,7 +36,7 @@ class Decoders:
         for _ in range(self._num_workers):
             pool.submit(os.getpid)
 
-    async def decode(self, job: DecodeJob) -> TrainingCall | Refusal:
+    async def decode(self, job: DecodeJob) -> Decoded | Refusal:
         """Decodes in this process what is small, elsewhere what is large or compressed.
 
         Raises:

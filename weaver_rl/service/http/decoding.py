@@ -19,8 +19,8 @@ from pydantic_core import from_json
 from weaver_rl.errors import ServiceError
 from weaver_rl.service.calls import TrainingCall
 from weaver_rl.service.http.mistakes import invalid_request, shown
-from weaver_rl.service.http.tensor_packs import TENSOR_KEY, packed_array, read_packed, shape_of, shaped
-from weaver_rl.service.http.wire import MAX_INT, DatumBody, ForwardBackwardBody, ForwardBody, LossInput
+from weaver_rl.service.http.tensor_packs import TENSOR_KEY, PackedRequest, packed_array, read_packed, shape_of, shaped
+from weaver_rl.service.http.wire import MAX_INT, Codec, DatumBody, ForwardBackwardBody, ForwardBody, LossInput
 from weaver_rl.service.loss_functions import RawDatum, resolve_loss
 from weaver_rl.types import Int64Array
 
@@ -73,6 +73,15 @@ class DecodeJob:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Decoded:
+    """A request that can be taken."""
+
+    call: TrainingCall
+    codec: Codec | None
+    """Of its tensor pack, and so of the answer's; None: it came without one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Refusal:
     """A request that cannot be taken."""
 
@@ -81,22 +90,26 @@ class Refusal:
     """If it could be read: it leaves no gap then."""
 
 
-def decode(job: DecodeJob) -> TrainingCall | Refusal:
+def decode(job: DecodeJob) -> Decoded | Refusal:
     """Decodes and checks a request; a mistake of the client's is a value, not an exception."""
     seq_id = None
     try:
-        request, pack, digest = _opened(job)
+        request, packed, digest = _opened(job)
+        # Before the pack is looked at: a request with a bad one leaves no gap either.
         seq_id = seq_id_of(request)
-        return _call(job, request, pack, digest)
+        pack = None if packed is None else packed.pack(job.limit_bytes)
+        call = _call(job, request, pack, digest)
+        return Decoded(call=call, codec=None if packed is None else packed.manifest.tensor_pack.codec)
     except ServiceError as error:
         return Refusal(error=error, seq_id=seq_id)
 
 
-def _opened(job: DecodeJob) -> tuple[Any, bytearray | None, str]:
+def _opened(job: DecodeJob) -> tuple[Any, PackedRequest | None, str]:
+    """The request in JSON, what came with it, and the digest of both."""
     body = job.body.read() if isinstance(job.body, FilePlace) else job.body
     if job.media_type == MULTIPART:
-        packed = read_packed(body, job.content_type, job.limit_bytes)
-        return packed.request, packed.pack, packed.digest
+        packed = read_packed(body, job.content_type)
+        return packed.manifest.request, packed, packed.digest
     if job.media_type != JSON:
         raise ServiceError(
             "unsupported_media_type",

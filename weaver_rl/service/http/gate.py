@@ -13,7 +13,7 @@ from weaver_rl.errors import ServiceError
 from weaver_rl.service.config import HttpConfig, is_loopback
 from weaver_rl.service.http.auth import KEY_HEADER, ApiKeys
 from weaver_rl.service.http.errors import error_response
-from weaver_rl.service.http.limits import RequestRate
+from weaver_rl.service.http.limits import BodyBudget, RequestRate
 
 DOWNLOADS = "/api/v1/downloads/"
 """Where files are fetched, by signed address and without a key."""
@@ -29,6 +29,7 @@ class Gate:
         self._app = app
         self._keys = keys
         self._rate = rate
+        self._bodies = BodyBudget(http.max_bodies_mb << 20)
         public_host = urlsplit(http.public_url).hostname if http.public_url else None
         self._local_hosts = {public_host} if public_host else set()
 
@@ -39,7 +40,8 @@ class Gate:
         exchange = _Exchange(scope, send)
         try:
             self._admit(scope)
-            await self._app(scope, receive, exchange.send)
+            with self._bodies.share() as scope["state"]["body_share"]:
+                await self._app(scope, receive, exchange.send)
         except ServiceError as error:
             await error_response(error, exchange.request_id)(scope, receive, exchange.send)
         except Exception:  # boundary: whatever a route did not foresee is logged and answered

@@ -1,12 +1,18 @@
-"""How often one API key may call: a token bucket for each. Operations in flight are the service's to count."""
+"""How often one API key may call, a token bucket for each, and how many bytes all bodies in flight may have together.
+
+Operations in flight are the service's to count.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from weaver_rl.errors import ServiceError
 from weaver_rl.service.config import LimitsConfig
+
+BODY_RETRY_AFTER_S = 2.0
 
 
 class RequestRate:
@@ -38,3 +44,48 @@ class RequestRate:
                 details={"retry_after": round((1.0 - tokens) / self._per_s, 3)},
             )
         self._buckets[owner] = (tokens - 1.0, now)
+
+
+class BodyBudget:
+    """Bytes for the bodies of all requests in flight together. To be used from one event loop."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit_bytes = limit_bytes
+        self._left_bytes = limit_bytes
+
+    @contextmanager
+    def share(self) -> Iterator[BodyShare]:
+        """What one request has of it, for the length of a block."""
+        share = BodyShare(self)
+        try:
+            yield share
+        finally:
+            self._left_bytes += share.num_bytes
+
+    def take(self, num_bytes: int) -> None:
+        """Raises ServiceError 429 (`rate_limited`, retryable) when so much is not left."""
+        if num_bytes > self._left_bytes:
+            raise ServiceError(
+                "rate_limited",
+                f"the bodies of all requests together may have {self._limit_bytes} bytes, of which "
+                f"{self._left_bytes} are left just now",
+                status=429,
+                retryable=True,
+                details={"retry_after": BODY_RETRY_AFTER_S},
+            )
+        self._left_bytes -= num_bytes
+
+
+class BodyShare:
+    """One request's part of a `BodyBudget`."""
+
+    def __init__(self, budget: BodyBudget) -> None:
+        self._budget = budget
+        self.num_bytes = 0
+
+    def grow_to(self, num_bytes: int) -> None:
+        """The body has so many bytes, or will; what was announced is taken only once. Raises as `take` does."""
+        more = num_bytes - self.num_bytes
+        if more > 0:
+            self._budget.take(more)
+            self.num_bytes = num_bytes

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import functools
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
 import numpy.typing as npt
 
 from weaver_rl.service.http.answers import artifact_fields, checkpoint_fields, iso_time
+from weaver_rl.service.http.result_packs import Packer
+from weaver_rl.service.http.wire import Codec
 from weaver_rl.service.records import Operation
 from weaver_rl.service.results import (
     ArtifactResult,
@@ -18,11 +21,12 @@ from weaver_rl.service.results import (
     LogprobsResult,
     OptimResult,
     Render,
+    Rendered,
     Result,
     SampleResult,
     TrainingResult,
 )
-from weaver_rl.types import Completion, PromptLogprobs
+from weaver_rl.types import Completion, Float32Array, PromptLogprobs
 
 _PENDING = {
     "pending": ("queued", "The operation waits for those before it."),
@@ -34,7 +38,7 @@ def render_result(result: Result) -> bytes:
     """What `response` of a finished operation holds."""
     match result:
         case TrainingResult():
-            return _json({"result": _training(result)})
+            return _json({"result": _training(result, _inline)})
         case OptimResult():
             return _json({"metrics": dict(result.metrics), "num_steps": result.num_steps})
         case CheckpointResult():
@@ -57,6 +61,19 @@ def render_result(result: Result) -> bytes:
                     }
                 }
             )
+
+
+def pass_render(codec: Codec | None) -> Render:
+    """For passes: tensors in a pack beside the JSON, or in it where there is no codec."""
+    return render_result if codec is None else functools.partial(_render_packed, codec=codec)
+
+
+def _render_packed(result: Result, *, codec: Codec) -> Rendered:
+    assert isinstance(result, TrainingResult)
+    packer = Packer(codec)
+    answer = _training(result, packer.add)
+    pack, description = packer.packed()
+    return Rendered(response=_json({"result": answer, "tensor_pack": description}), attachment=pack)
 
 
 def sample_render(with_old_logprobs: bool) -> Render:
@@ -103,12 +120,14 @@ def _failure(operation: Operation) -> dict[str, Any]:
     }
 
 
-def _training(result: TrainingResult) -> dict[str, Any]:
+def _inline(values: Float32Array) -> dict[str, Any]:
+    return {"data": values.tolist(), "dtype": "float32", "shape": list(values.shape)}
+
+
+def _training(result: TrainingResult, tensor: Callable[[Float32Array], dict[str, Any]]) -> dict[str, Any]:
     outputs = []
     for datum_id, logprobs in zip(result.datum_ids, result.logprobs_per_datum, strict=True):
-        output: dict[str, Any] = {
-            "logprobs": {"data": logprobs.tolist(), "dtype": "float32", "shape": list(logprobs.shape)}
-        }
+        output: dict[str, Any] = {"logprobs": tensor(logprobs)}
         if datum_id is not None:
             output["datum_id"] = datum_id
         outputs.append(_piece(output))
@@ -131,14 +150,13 @@ def _sample(result: SampleResult, with_old_logprobs: bool) -> dict[str, Any]:
         },
         "weight_version": result.weight_version,
     }
+    # None: it was aborted before the engine had read the prompt.
     prompt = result.group.prompt_logprobs
-    if result.wants_prompt_logprobs or result.num_top_prompt_logprobs:
-        assert prompt is not None, "the engine gave no log-probabilities of the prompt"
-        if result.wants_prompt_logprobs:
-            sample["prompt_logprobs"] = _prompt_logprobs(prompt)
-        if result.num_top_prompt_logprobs:
-            # Tuples become arrays: [[token, logprob], ...].
-            sample["topk_prompt_logprobs"] = [None, *prompt.top_P[1:]]
+    if result.wants_prompt_logprobs:
+        sample["prompt_logprobs"] = None if prompt is None else _prompt_logprobs(prompt)
+    if result.num_top_prompt_logprobs:
+        # Tuples become arrays: [[token, logprob], ...].
+        sample["topk_prompt_logprobs"] = None if prompt is None else [None, *prompt.top_P[1:]]
     return sample
 
 

@@ -125,6 +125,10 @@ class WeaverService(Protocol):
         """As it is when it ended, or after `wait_s`."""
         ...
 
+    async def operation_attachment(self, owner: str, operation_id: str, /) -> bytes:
+        """What the service's `Rendered.attachment` was; 404 where there is none."""
+        ...
+
     def operations_in_flight(self, owner: str, /) -> int: ...
 
     # -- checkpoints and artifacts

@@ -33,6 +33,7 @@ from weaver_rl.service.http.routing import (
     SequencedRoute,
     answered,
     check_room,
+    check_room_or_skip,
     digest_of,
     documented,
     submitted,
@@ -60,11 +61,7 @@ async def export_sampler(
     request: Request, face: FaceOf, owner: Owner, model_id: Id, body: ExportSamplerBody
 ) -> Response:
     """Saves the weights as samplers load them; its turn is that of its seq_id."""
-    try:
-        check_room(face, owner)
-    except ServiceError:
-        await face.service.skip_seq(owner, model_id, body.seq_id)
-        raise
+    await check_room_or_skip(face, owner, model_id, body.seq_id)
     operation = await face.service.export_sampler(
         owner, model_id, body.seq_id, await digest_of(request), body.path, body.ttl_seconds, render_result
     )

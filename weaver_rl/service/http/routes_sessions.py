@@ -21,17 +21,17 @@ router = APIRouter(route_class=JsonRoute, tags=["sessions"])
 async def create_session(face: FaceOf, owner: Owner, body: NewSessionBody) -> Response:
     """Begins a visit."""
     check_scope(body.organization_id, body.project_id)
+    # Clients compare what they get with what they sent, so that it is kept as it came.
+    policy = None if body.scheduling_policy is None else body.scheduling_policy.model_dump(exclude_unset=True)
     new = NewSession(
         name=body.name,
         sdk_version=body.sdk_version,
         tags=tuple(body.tags),
         labels=body.labels or {},
         user_metadata=body.user_metadata or {},
+        scheduling_policy=policy,
     )
-    session = await face.service.create_session(owner, new)
-    # Clients compare what they get with what they sent, so that it is said as it came.
-    policy = None if body.scheduling_policy is None else body.scheduling_policy.model_dump(exclude_unset=True)
-    return answered(SessionAnswer.of(session, policy), 201)
+    return answered(SessionAnswer.of(await face.service.create_session(owner, new)), 201)
 
 
 @router.get("/sessions/{session_id}", **documented(SessionAnswer))

@@ -9,11 +9,12 @@ from pydantic import BaseModel
 from starlette.responses import Response
 
 from weaver_rl.errors import ServiceError
-from weaver_rl.service.calls import TrainingCall
 from weaver_rl.service.http.answers import Answer, OperationAnswer
 from weaver_rl.service.http.bodies import Body
-from weaver_rl.service.http.decoding import JSON, MULTIPART, DecodeJob, Refusal, check_same_model
-from weaver_rl.service.http.render import render_result
+from weaver_rl.service.http.decoding import JSON, MULTIPART, Decoded, DecodeJob, Refusal, check_same_model
+from weaver_rl.service.http.errors import ERROR_RESPONSES
+from weaver_rl.service.http.render import pass_render, render_result
+from weaver_rl.service.http.result_packs import description_in, pack_response
 from weaver_rl.service.http.routing import (
     SUBMITS,
     Face,
@@ -24,6 +25,7 @@ from weaver_rl.service.http.routing import (
     SequencedRoute,
     answered,
     check_room,
+    check_room_or_skip,
     digest_of,
     documented,
     polled,
@@ -36,6 +38,9 @@ from weaver_rl.types import AdamParams
 router = APIRouter(tags=["training"])
 passes = APIRouter(route_class=JsonRoute)
 steps = APIRouter(route_class=SequencedRoute)
+
+READ_FIRST_BYTES = 1 << 20
+"""A smaller body is read before its request is refused for want of room, so that its seq_id leaves no gap."""
 
 
 class LossFunctionsAnswer(Answer):
@@ -76,20 +81,28 @@ async def forward_backward(request: Request, face: FaceOf, owner: Owner, model_i
 
 async def _pass(request: Request, face: Face, owner: str, model_id: str, *, backward: bool) -> Response:
     await face.service.model(owner, model_id)
-    check_room(face, owner)
+    if not _is_small(request):
+        # Not read in vain; but its seq_id stays unknown, and is waited for.
+        check_room(face, owner)
     with face.service.receiving(owner, model_id):
-        call = await _decoded(request, face, model_id, backward)
-        if isinstance(call, Refusal):
-            if call.seq_id is not None:
-                await face.service.skip_seq(owner, model_id, call.seq_id)
-            raise call.error
+        decoded = await _decoded(request, face, model_id, backward)
+        if isinstance(decoded, Refusal):
+            if decoded.seq_id is not None:
+                await face.service.skip_seq(owner, model_id, decoded.seq_id)
+            raise decoded.error
+        await check_room_or_skip(face, owner, model_id, decoded.call.seq_id)
         submit = face.service.forward_backward if backward else face.service.forward
-        operation = await submit(owner, model_id, call, render_result)
-    del call  # millions of numbers that the service has now; the answer may be held for a while
+        operation = await submit(owner, model_id, decoded.call, pass_render(decoded.codec))
+    del decoded  # millions of numbers that the service has now; the answer may be held for a while
     return await submitted(face, owner, operation)
 
 
-async def _decoded(request: Request, face: Face, model_id: str, backward: bool) -> TrainingCall | Refusal:
+def _is_small(request: Request) -> bool:
+    declared = request.headers.get("content-length", "")
+    return declared.isdecimal() and int(declared) < READ_FIRST_BYTES
+
+
+async def _decoded(request: Request, face: Face, model_id: str, backward: bool) -> Decoded | Refusal:
     limit_bytes = face.config.http.max_body_mb << 20
     with Body() as body:
         await body.fill(request, limit_bytes)
@@ -109,10 +122,10 @@ async def optim_step(request: Request, face: FaceOf, owner: Owner, model_id: Id,
     payload = body.payload
     try:
         check_same_model(payload.model_id, model_id)
-        check_room(face, owner)
     except ServiceError:
         await face.service.skip_seq(owner, model_id, payload.seq_id)
         raise
+    await check_room_or_skip(face, owner, model_id, payload.seq_id)
     params = AdamParams(**payload.adam_params.model_dump())
     operation = await face.service.optim_step(
         owner, model_id, payload.seq_id, await digest_of(request), params, render_result
@@ -126,15 +139,24 @@ async def get_operation(face: FaceOf, owner: Owner, operation_id: Id) -> Respons
     return await polled(face, owner, operation_id)
 
 
-@passes.get("/operations/{operation_id}/tensor-pack", tags=["operations"], **documented(None))
+@passes.get(
+    "/operations/{operation_id}/tensor-pack",
+    tags=["operations"],
+    response_model=None,
+    response_class=Response,
+    responses={
+        200: {"description": "The pack, as it was described.", "content": {"application/octet-stream": {}}},
+        **ERROR_RESPONSES,
+    },
+)
 async def get_tensor_pack(face: FaceOf, owner: Owner, operation_id: Id) -> Response:
-    """404: results are always in the operation itself."""
-    await face.service.operation(owner, operation_id, 0.0)
-    raise ServiceError(
-        "not_found",
-        f"operation {operation_id} has no tensor pack: this server gives all results inline, in `response`",
-        status=404,
-    )
+    """The tensors of a result that refers to them (`tensor_pack`): those of requests that came with a pack."""
+    operation = await face.service.operation(owner, operation_id, 0.0)
+    description = None if operation.response is None else description_in(operation.response)
+    if description is None:
+        why = "its result is inline, in `response`" if operation.status == "done" else f"it is {operation.status}"
+        raise ServiceError("not_found", f"operation {operation_id} has no tensor pack: {why}", status=404)
+    return pack_response(await face.service.operation_attachment(owner, operation_id), description)
 
 
 @passes.get("/loss-functions", **documented(LossFunctionsAnswer))

@@ -159,6 +159,15 @@ def check_room(face: Face, owner: str) -> None:
         )
 
 
+async def check_room_or_skip(face: Face, owner: str, model_id: str, seq_id: int) -> None:
+    """The same of a request with a seq_id, which leaves no gap."""
+    try:
+        check_room(face, owner)
+    except ServiceError:
+        await face.service.skip_seq(owner, model_id, seq_id)
+        raise
+
+
 async def submitted(face: Face, owner: str, operation: Operation) -> Response:
     """The answer to a submission, held for a moment: a short operation ends within, and needs no poll."""
     grace_s = face.config.http.submit_grace_s

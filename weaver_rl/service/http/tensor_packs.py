@@ -37,19 +37,23 @@ _DTYPES = {"int64": "<i8", "int32": "<i4", "float32": "<f4", "float64": "<f8"}
 class PackedRequest:
     """What a multipart body held."""
 
-    request: dict[str, Any]
-    pack: bytearray
-    """Decoded."""
+    manifest: PackManifest
     digest: str
     """SHA-256 of the manifest, which has that of the pack."""
+    wire_pack: bytearray
+    """As it came, unchecked."""
+
+    def pack(self, limit_bytes: int) -> bytearray:
+        """Checked and decoded.
+
+        Raises:
+            ServiceError: 400 naming what is wrong, 413 for one that decodes to more than `limit_bytes`.
+        """
+        return _decoded(self.wire_pack, self.manifest.tensor_pack, limit_bytes)
 
 
-def read_packed(body: bytes, content_type: str, limit_bytes: int) -> PackedRequest:
-    """Takes a multipart body apart and checks it.
-
-    Raises:
-        ServiceError: 400 naming what is wrong, 413 for a pack that decodes to more than `limit_bytes`.
-    """
+def read_packed(body: bytes, content_type: str) -> PackedRequest:
+    """Takes a multipart body apart. Raises ServiceError 400 naming what is wrong."""
     boundary = parse_options_header(content_type)[1].get(b"boundary")
     if not boundary:
         raise _bad("Content-Type multipart/form-data names no boundary")
@@ -67,11 +71,8 @@ def read_packed(body: bytes, content_type: str, limit_bytes: int) -> PackedReque
             f"seen {len(parts.contents)} part(s){'' if parts.complete else ', cut off'}"
         )
     raw_manifest, wire_pack = parts.contents
-    manifest = _manifest(raw_manifest)
     return PackedRequest(
-        request=manifest.request,
-        pack=_decoded(wire_pack, manifest.tensor_pack, limit_bytes),
-        digest=hashlib.sha256(raw_manifest).hexdigest(),
+        manifest=_manifest(raw_manifest), digest=hashlib.sha256(raw_manifest).hexdigest(), wire_pack=wire_pack
     )
 
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints, WithJsonSchema
 
+from weaver_rl.service import weaver_paths
+
 MAX_INT = 2**31 - 1
 MAX_TTL_SECONDS = 10 * 365 * 86400
 DEFAULT_SAMPLER_TTL_SECONDS = 3600
@@ -17,9 +19,6 @@ DEFAULT_ARTIFACT_TTL_SECONDS = 604800
 MAX_TOP_LOGPROBS = 20
 
 NOT_SERVED = "Not served here: anything but the default is refused (`unsupported`)."
-
-CHECKPOINT_NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
-CHECKPOINT_PATH = r"^weaver://[A-Za-z0-9][A-Za-z0-9-]{0,63}/checkpoints/[A-Za-z0-9][A-Za-z0-9._-]{0,127}$"
 
 
 def _without_nul(text: str) -> str:
@@ -50,6 +49,7 @@ FreeForm = Annotated[dict[str, Any], AfterValidator(_plain)]
 Count = Annotated[int, Field(ge=1, le=MAX_INT)]
 TokenId = Annotated[int, Field(ge=0, le=MAX_INT)]
 Seed = Annotated[int, Field(ge=0, le=2**63 - 1)]
+Codec = Literal["raw", "zstd"]
 TtlSeconds = Annotated[int, Field(ge=1, le=MAX_TTL_SECONDS)]
 
 
@@ -196,7 +196,7 @@ class TrainingPayload(Wire):
     model_id: str | None = None
     seq_id: Count
     tensor_transport: Literal["default", "http-binary"] = "default"
-    tensor_compression: Literal["raw", "zstd"] | None = None
+    tensor_compression: Codec | None = None
     metadata: dict[str, Any] | None = None
 
 
@@ -221,7 +221,7 @@ class PackBody(Wire):
 
     size_bytes: Annotated[int, Field(ge=0)]
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-fA-F]{64}$")] = Field(description="Of the bytes sent.")
-    codec: Literal["raw", "zstd"] = "raw"
+    codec: Codec = "raw"
     decoded_size_bytes: Annotated[int, Field(ge=0)] | None = Field(default=None, description="Needed for zstd.")
 
 
@@ -237,7 +237,7 @@ class AdamBody(Wire):
     learning_rate: Annotated[float, Field(ge=0)] = 1e-4
     beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
     beta2: Annotated[float, Field(ge=0, lt=1)] = 0.95
-    eps: Annotated[float, Field(ge=0)] = 1e-8
+    eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     grad_clip_norm: Annotated[float, Field(ge=0)] = Field(default=1.0, description="0: not clipped.")
 
@@ -254,8 +254,8 @@ class OptimBody(Wire):
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------
 
-CheckpointName = Annotated[str, StringConstraints(pattern=CHECKPOINT_NAME)]
-CheckpointPath = Annotated[str, StringConstraints(pattern=CHECKPOINT_PATH)]
+CheckpointName = Annotated[str, StringConstraints(pattern=f"^{weaver_paths.NAME}$")]
+CheckpointPath = Annotated[str, StringConstraints(pattern=f"^{weaver_paths.CHECKPOINT}$")]
 
 
 class ExportSamplerBody(Wire):
@@ -337,7 +337,7 @@ class SampleBody(Wire):
 
 
 class LogprobsConfig(Wire):
-    temperature: Annotated[float, Field(ge=1e-3, le=1000)] = 1.0
+    temperature: Annotated[float, Field(ge=0.01, le=2)] = 1.0
 
 
 class LogprobsBody(Wire):
