@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from serve_parts import BASE, KEYS, RunningServer, logprobs_of, prompt_of, sequences_of, sums, until
@@ -236,7 +237,14 @@ def test_whole_models_have_an_engine_that_can_be_paused(client: ServiceClient):
         model.terminate()
 
 
-def test_more_samples_than_an_engine_takes_at_a_time_wait_for_its_pause_to_end(client: ServiceClient):
+def waits(server: RunningServer) -> list[str]:
+    """What the server waits for just now."""
+    return list(httpx.get(f"{server.url}/health").json()["waits"])
+
+
+def test_more_samples_than_an_engine_takes_at_a_time_wait_for_its_pause_to_end(
+    server: RunningServer, client: ServiceClient
+):
     """Paused before there is an engine; and what waits outside it ends with an abort as what is inside does."""
     model = trained(client, seed=10, steps=1, training_mode="full_ft")
     try:
@@ -252,7 +260,7 @@ def test_more_samples_than_an_engine_takes_at_a_time_wait_for_its_pause_to_end(c
 
         with ThreadPoolExecutor(16) as pool:
             handles = list(pool.map(submit, range(1100)))
-            time.sleep(15)  # the engine starts, loads and is given as many as it takes
+            until(lambda: f"engine of {model.model_id}: sampling" in waits(server), 120, "the engine is given some")
             handles[0].refresh()
             assert not handles[0].done()
             sampling.continue_generation()

@@ -5,13 +5,15 @@ from __future__ import annotations
 import hashlib
 import time
 import uuid
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
+from weaver_rl.errors import ServiceError
 from weaver_rl.service.calls import SampleCall, TrainingCall
-from weaver_rl.service.records import Artifact, ArtifactFile, ArtifactKind, Checkpoint
-from weaver_rl.service.results import SampleResult, TrainingResult
+from weaver_rl.service.records import Artifact, ArtifactFile, ArtifactKind, Checkpoint, Operation
+from weaver_rl.service.results import Rendered, SampleResult, TrainingResult
 from weaver_rl.types import Completion, GroupSample, PromptLogprobs
 
 
@@ -59,6 +61,15 @@ def sample_result(call: SampleCall) -> SampleResult:
         num_top_prompt_logprobs=call.num_top_prompt_logprobs,
         weight_version=4,
     )
+
+
+def ended_operation(operation: Operation, made: bytes | Rendered | ServiceError) -> Operation:
+    now = time.time()
+    if isinstance(made, ServiceError):
+        failed = replace(operation, status="error", error_code=made.code, error_message=made.message)
+        return replace(failed, retryable=made.retryable, finished_at=now)
+    response, attachment = (made.response, made.attachment) if isinstance(made, Rendered) else (made, None)
+    return replace(operation, status="done", response=response, attachment=attachment, finished_at=now)
 
 
 def artifact_of(

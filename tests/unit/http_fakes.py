@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from http_fake_results import artifact_of, prompt_logprobs, sample_result, training_result
+from http_fake_results import artifact_of, ended_operation, prompt_logprobs, sample_result, training_result
 
 from weaver_rl.errors import ServiceError
 from weaver_rl.service.calls import (
@@ -39,7 +39,6 @@ from weaver_rl.service.results import (
     LogprobsResult,
     OptimResult,
     Render,
-    Rendered,
     Result,
 )
 from weaver_rl.service.weaver_paths import parse_checkpoint_path
@@ -349,22 +348,8 @@ class FakeService:
         return self.operations[operation.id]
 
     def _end(self, operation_id: str, result: Result, render: Render) -> None:
-        operation = self.operations[operation_id]
-        error = self.fail_operations
-        if error is None:
-            made = render(result)
-            response, attachment = (made.response, made.attachment) if isinstance(made, Rendered) else (made, None)
-            ended = replace(operation, status="done", response=response, attachment=attachment, finished_at=time.time())
-        else:
-            ended = replace(
-                operation,
-                status="error",
-                error_code=error.code,
-                error_message=error.message,
-                retryable=error.retryable,
-                finished_at=time.time(),
-            )
-        self.operations[operation_id] = ended
+        made = self.fail_operations or render(result)
+        self.operations[operation_id] = ended_operation(self.operations[operation_id], made)
 
     async def _checkpoint(
         self, owner: str, model_id: str, kind: Any, name: str | None, ttl_seconds: int | None

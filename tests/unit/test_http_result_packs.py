@@ -42,7 +42,7 @@ def _quick_polls(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def connected(url: str, codec: str | None) -> weaver.ServiceClient:
     how = {} if codec is None else {"tensor_transport": "http-binary", "tensor_compression": codec}
-    return weaver.ServiceClient(base_url=url, api_key="sk-alice", heartbeat_interval=30, **how)
+    return weaver.ServiceClient(base_url=url, api_key="sk-alice", heartbeat_interval=0.05, **how)
 
 
 def data(*lengths: int) -> list[Datum]:
