@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
@@ -16,6 +17,11 @@ T = TypeVar("T")
 
 SETTLE_S = 5.0
 """How long the others may take to say what they know once one call has failed."""
+GIVE_UP_MARGIN_S = 60.0
+"""How long an operation that a server's client lost may go on in its actor before that is taken for stuck."""
+MAX_SHOWN = 300
+
+_PATH = re.compile(r"(?<![\w.:/<])~?(?:/[\w.+@=-]+)+/([\w.+@=-]+)")
 
 
 async def answer(reference: Any, *, actor: str, doing: str, timeout_s: float, about: Names = ()) -> Any:
@@ -97,6 +103,12 @@ def explained(error: Exception, actor: str, doing: str, seconds: float) -> Excep
 
 def _first_line(error: Exception) -> str:
     return " ".join(str(error).split())[:400]
+
+
+def without_paths(error: Exception) -> str:
+    """Its first line, for clients of a server: where files are on it is none of their business."""
+    first = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return _PATH.sub(r"…/\1", first.removesuffix("; it stands at:"))[:MAX_SHOWN]
 
 
 def first_error(error: BaseException) -> BaseException:

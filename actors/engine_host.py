@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from actors.calls import GIVE_UP_MARGIN_S
 from actors.engine_process import LOAD_TIMEOUT_S, EngineProcess, engine_spec
 from actors.lineup import PreparedModel
 from actors.spawn import MAX_CALLS_IN_FLIGHT
@@ -123,7 +124,7 @@ class EngineHost:
                 engine,
                 "scoring a prompt",
                 lambda actor: actor.prompt_logprobs.remote(tuple(token_ids), temperature, adapter),
-                self._config.operations.timeout_s,
+                self._deadline_s(),
             )
             return scored
 
@@ -183,7 +184,7 @@ class EngineHost:
                 engine,
                 "sampling",
                 lambda actor: actor.sample.remote(request, sampling),
-                self._config.operations.timeout_s,
+                self._deadline_s(),
             )
         finally:
             self._inside.discard(ended)
@@ -201,6 +202,10 @@ class EngineHost:
         except ActorFailedError as error:
             await self._lose(engine, error)
             raise
+
+    def _deadline_s(self) -> float:
+        """Of one request in the engine: later than that of the service, which costs one client its request only."""
+        return self._config.operations.timeout_s + GIVE_UP_MARGIN_S
 
     async def _load(self, weights: SamplerWeights) -> EngineProcess:
         engine = await self.engine()

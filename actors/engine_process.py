@@ -6,14 +6,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Callable
 from typing import Any
 
 import ray
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from actors.calls import answer
+from actors.calls import answer, without_paths
 from actors.cluster import reserve
 from actors.ending import end_actor
 from actors.identity import Identity
@@ -30,8 +29,6 @@ from weaver_rl.waits import current_waits
 log = logging.getLogger(__name__)
 
 LOAD_TIMEOUT_S = 600.0
-MAX_MESSAGE = 300
-_PATH = re.compile(r"(?<![\w.:/])(?:/[\w.+@=-]+)+/([\w.+@=-]+)")
 
 
 def engine_spec(name: str, prepared: PreparedModel, seed: int, *, adapters: bool) -> SamplerSpec:
@@ -142,6 +139,4 @@ def _start_failure(name: str, error: WeaverRLError) -> WeaverRLError:
     if isinstance(error, ResourcesError):
         return error
     log.error("%s did not start: %s\n%s", name, error, error.__cause__ or "")
-    first = next(iter(str(error).strip().splitlines()), type(error).__name__).removesuffix("; it stands at:")
-    shown = _PATH.sub(r"…/\1", first)[:MAX_MESSAGE]
-    return ActorFailedError(f"{name} did not start: {shown}")
+    return ActorFailedError(f"{name} did not start: {without_paths(error)}")

@@ -8,13 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import re
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
 from ray.util.placement_group import PlacementGroup, remove_placement_group
 
-from actors.calls import first_error, shared
+from actors.calls import GIVE_UP_MARGIN_S, first_error, shared, without_paths
 from actors.cluster import reserve
 from actors.learner import RayLearnerGroup
 from actors.learner_start import start_learner
@@ -34,10 +33,7 @@ from weaver_rl.types import AdamParams, Datum, ForwardBackwardOutput, ForwardOut
 from weaver_rl.waits import current_waits
 
 CHUNK_BYTES = 512 << 20
-GIVE_UP_MARGIN_S = 60.0
-"""How long an operation that the service gave up may go on before the learner is taken for stuck."""
 
-_PATH = re.compile(r"(?<![\w.<])~?/[^\s'\",;:)\]]+")
 _log = logging.getLogger(__name__)
 
 
@@ -128,10 +124,10 @@ class LearnerHost:
         except (ConfigError, ModelError) as error:
             # The server's own configuration: no client can mend it.
             _log.warning("%s did not start: %s", self.name, error)
-            raise ActorFailedError(f"{self.name} did not start: {_without_paths(error)}") from error
+            raise ActorFailedError(f"{self.name} did not start: {without_paths(error)}") from error
         except ActorFailedError as error:
             _log.warning("%s did not start: %s", self.name, error)
-            raise LearnerLostError(_without_paths(error)) from error
+            raise LearnerLostError(without_paths(error)) from error
 
     async def _start_once(self) -> RayLearnerGroup:
         config = self._prepared.config.learner
@@ -174,18 +170,12 @@ class LearnerHost:
 async def _ended(actors: Actors, room: PlacementGroup | None) -> None:
     await actors.kill_learner()
     if room is not None:
-        remove_placement_group(room)
+        await asyncio.to_thread(remove_placement_group, room)
 
 
 def _is_port_taken(error: CallFailedError) -> bool:
     text = str(error)
     return "EADDRINUSE" in text or "address already in use" in text.lower()
-
-
-def _without_paths(error: Exception) -> str:
-    """Its first line, for clients: where files are on the server is none of their business."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return _PATH.sub("<path>", lines[0])
 
 
 class HostedModel:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from fake_engine_actors import (
+    CONFIG,
     SAMPLING,
     FakeCluster,
     all_samplers,
@@ -51,6 +52,23 @@ def begin(samplers: RaySamplers, version: int, name: str, num: int = 1) -> async
 
 async def ended(*tasks: asyncio.Task[Any]) -> list[Any]:
     return await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def test_a_request_is_given_up_by_the_service_before_its_engine_is_lost(cluster: FakeCluster):
+    """What waits in a paused engine for too long costs its own client that request, and nobody an engine."""
+
+    async def main() -> None:
+        samplers = all_samplers()
+        await samplers.pause("m", "in_place")
+        waiting = begin(samplers, 7, "a")
+        await asyncio.sleep(CONFIG.operations.timeout_s + 30)
+        assert not waiting.done()
+        waiting.cancel()
+        await ended(waiting)
+        assert len(cluster.alive) == 1
+        await samplers.close_all()
+
+    in_time(main())
 
 
 # -- whose weights a sample has ------------------------------------------------------------------------------------

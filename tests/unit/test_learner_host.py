@@ -262,7 +262,7 @@ def test_a_server_that_is_configured_wrongly_does_not_blame_the_client(
         with pytest.raises(kind) as caught:
             await opening(cluster.learners())
         assert type(caught.value) is kind
-        assert str(caught.value).endswith("<path> is no model: see '<path>'")
+        assert str(caught.value).endswith("…/model is no model: see '…/config.json'")
 
     asyncio.run(run())
 

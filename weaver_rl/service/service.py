@@ -80,8 +80,6 @@ class Service:
         self._config = config
         self._store = store
         self._operations = operations
-        self._learners = learners
-        self._samplers = samplers
         self._lineup = dict(lineup)
         self._clock = clock
         self._weights = Weights(store, files, clock)
