@@ -1,0 +1,76 @@
+"""Commands that run a configuration, and those that look after a run."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from weaver_rl.commands.arguments import AddressOption, ConfigArgument, OverridesArgument, RunArgument
+
+
+def train(
+    config: ConfigArgument,
+    overrides: OverridesArgument = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest checkpoint of the run folder.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run that is in the run folder.")] = False,
+    address: AddressOption = None,
+) -> None:
+    """Run a configuration to its end."""
+    from weaver_rl.config import load_config
+
+    extra = [f"cluster.address={address}"] if address is not None else []
+    loaded = load_config(config, [*(overrides or []), *extra])
+
+    from actors.launch import train as launch
+    from weaver_rl.outcome import print_outcome
+
+    console = Console()
+    outcome = launch(loaded, resume=resume, overwrite=overwrite, console=console)
+    print_outcome(console, loaded.folder, outcome.summary, outcome.wall_seconds)
+
+
+def show(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
+    """Print the resolved configuration: every key with the value it would run with."""
+    from weaver_rl.config import dump_config, load_config
+
+    sys.stdout.write(dump_config(load_config(config, overrides or [])))
+
+
+def status(run: RunArgument) -> None:
+    """Show how a run stands: its step, what it waits for and why, its samplers."""
+    from weaver_rl.status import print_status
+
+    raise typer.Exit(print_status(Console(), run))
+
+
+def audit(run: RunArgument) -> None:
+    """Prove from a run's journal that every prompt was trained exactly once; exit status 1 if not."""
+    from weaver_rl.audit import audit as check
+    from weaver_rl.audit_report import print_audit
+
+    raise typer.Exit(print_audit(Console(), check(run)))
+
+
+def replay(
+    run: RunArgument, step: Annotated[int, typer.Option(min=1, help="The step to compute again.", show_default=False)]
+) -> None:
+    """Compute a recorded step again from its stored rollouts; exit status 1 if loss or gradient differ by a bit."""
+    from actors.replay import replay as again
+
+    raise typer.Exit(again(run, step, Console()))
+
+
+def scale(
+    run: RunArgument, samplers: Annotated[int, typer.Option(min=1, help="How many it shall have.", show_default=False)]
+) -> None:
+    """Add samplers to a running run, or let some leave."""
+    from weaver_rl.run_folder import RunFolder
+    from weaver_rl.scale import ask_for_samplers
+
+    ask_for_samplers(RunFolder(run), samplers)
+    sys.stdout.write(f"asked for {samplers} samplers; `weaver-rl status {run}` shows them come and go\n")
