@@ -19,7 +19,7 @@ FREE_ON_GPU := apache-tvm-ffi|numpy
 export HF_HUB_OFFLINE ?= 1
 export PYTHONNOUSERSITE = 1
 
-.PHONY: quickstart test install lint types unit ray gpu benchmark overlap chaos scale service clean
+.PHONY: quickstart test install lint types unit browser ray gpu benchmark overlap chaos scale service clean
 
 quickstart: install
 	$(BIN)/weaver-rl train configs/quickstart.yaml --overwrite
@@ -68,8 +68,15 @@ lint: install
 types: install
 	$(BIN)/mypy
 
-unit: install
+unit: install browser
 	$(BIN)/python -m pytest tests/unit --numprocesses auto
+
+# What tests/unit/test_report_browser.py opens the report in. System packages are installed on CI machines only.
+browser:
+	@command -v chromium >/dev/null || command -v chromium-browser >/dev/null || command -v google-chrome >/dev/null || { \
+		[ "$$CI" = true ] && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+		|| echo "no Chromium found: the tests that open the report in a browser are skipped"
 
 ray: install
 	$(BIN)/python -m pytest tests/ray tests/gpu --timeout 600
