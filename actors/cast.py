@@ -6,25 +6,33 @@ It decides nothing about training and holds no data.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from actors.calls import answer
 from actors.cluster import Reservation
+from actors.identity import this_process
 from actors.learner import RayLearnerGroup
 from actors.learner_start import start_learner
 from actors.preparation import Prepared
+from actors.rank_files import RankFiles
 from actors.reward import RayRewardFactory
 from actors.sampler import SamplerSpec
 from actors.sampler_replica import RaySamplerFactory
+from actors.span_collector import SpanCollector, SpanSource
 from actors.spawn import Actors, SamplerSpawner, spawn_learner, spawn_reward_worker
 from weaver_rl.config import RunConfig
 from weaver_rl.controller import Crew
 from weaver_rl.errors import ConfigError
 from weaver_rl.fleet_log import FleetLog
+from weaver_rl.ledger import LedgerRow
+from weaver_rl.meter import Meter, NoMeter
 from weaver_rl.placement import Placement
 from weaver_rl.reward_fleet import RewardFleet
+from weaver_rl.run_folder import RunFolder
+from weaver_rl.run_meter import FleetFigures
 from weaver_rl.sampler_fleet import SamplerFleet
+from weaver_rl.user_code import collect_code
 from weaver_rl.weights.config import Transport
 from weaver_rl.weights.probe import probe_token_ids
 
@@ -46,9 +54,11 @@ class Cast:
         placement: Placement,
         reservation: Reservation,
         transport: Transport,
+        meter: Meter | None = None,
     ) -> None:
         self.prepared = prepared
-        self.events = FleetLog(on_left=reservation.give_back)
+        self._meter = meter if meter is not None else NoMeter()
+        self.events = FleetLog(on_left=reservation.give_back, meter=self._meter)
         self._config = config
         self._actors = actors
         self._spawner = spawner
@@ -57,6 +67,8 @@ class Cast:
         self._transport = transport
         self._samplers: SamplerFleet | None = None
         self._rewards: RewardFleet | None = None
+        self._reward_workers: RayRewardFactory | None = None
+        self._collector: SpanCollector | None = None
         self._sampler_factory = RaySamplerFactory(
             actors.samplers,
             self._spawn_sampler,
@@ -75,8 +87,9 @@ class Cast:
             watch_every_s=min(WATCH_EVERY_S, config.sampler.unresponsive_after_s),
             events=self.events,
         )
+        self._reward_workers = self._reward_factory()
         self._rewards = RewardFleet(
-            self._reward_factory(),
+            self._reward_workers,
             [f"reward worker {index}" for index in range(config.reward_workers.num_workers)],
             labels=[spec.component_name for spec in config.rewards],
             watch_every_s=min(WATCH_EVERY_S, config.reward_workers.unresponsive_after_s),
@@ -93,7 +106,12 @@ class Cast:
             prompts=self.prepared.prompts,
             samplers=self._samplers,
             rewards=self._rewards,
-            learner=RayLearnerGroup(self._actors.learner_ranks, config.learner.timeout_s, self._restart_learner),
+            learner=RayLearnerGroup(
+                self._actors.learner_ranks,
+                config.learner.timeout_s,
+                self._restart_learner,
+                files=RankFiles(config.learner.timeout_s),
+            ),
         )
 
     def scale(self, num_samplers: int) -> None:
@@ -107,13 +125,41 @@ class Cast:
             self._samplers.scale(num_samplers)
 
     def facts(self) -> Mapping[str, Any]:
-        """For `weaver-rl status`: every sampler with its process and what it does."""
+        """For `weaver-rl status`: every sampler with its process and what it does, where the last step's time went."""
         members = self._samplers.members if self._samplers is not None else {}
-        return {"samplers": [self._sampler_facts(name, doing) for name, doing in members.items()]}
+        return {
+            "samplers": [self._sampler_facts(name, doing) for name, doing in members.items()],
+            "ledger": self._collector.shares() if self._collector is not None else {},
+        }
+
+    def figures(self) -> FleetFigures:
+        """The samplers at this moment, for a meter."""
+        if self._samplers is None:
+            return FleetFigures(num_serving=0, num_starting=0, num_groups=0)
+        num_serving = len(self._samplers.names)
+        return FleetFigures(
+            num_serving=num_serving,
+            num_starting=len(self._samplers.members) - num_serving,
+            num_groups=self._samplers.num_owed,
+        )
 
     def _sampler_facts(self, name: str, doing: str) -> dict[str, Any]:
         replica = self._sampler_factory.replicas.get(name)
         return {"name": name, "doing": doing, "pid": replica.identity.pid if replica is not None else None}
+
+    def collecting(self, folder: RunFolder, on_rows: Callable[[Sequence[LedgerRow]], None]) -> SpanCollector:
+        """While inside, what every actor does is kept in the folder; `on_rows` is given the ledger's rows."""
+        self._collector = SpanCollector(folder, self.span_sources, here=this_process().node_id, on_rows=on_rows)
+        return self._collector
+
+    def span_sources(self) -> list[SpanSource]:
+        """Every actor that there is."""
+        names = self._samplers.members if self._samplers is not None else self._actors.samplers
+        actors = {name: ("sampler", actor) for name, actor in self._actors.samplers.items() if name in names}
+        actors |= {f"learner rank {rank}": ("learner", actor) for rank, actor in enumerate(self._actors.learner_ranks)}
+        if self._reward_workers is not None:
+            actors |= {name: ("reward", worker.handle) for name, worker in self._reward_workers.replicas.items()}
+        return [SpanSource(actor=name, role=role, handle=handle) for name, (role, handle) in actors.items()]
 
     async def close(self) -> None:
         """Ends samplers and reward workers, and every task that keeps them up."""
@@ -148,12 +194,11 @@ class Cast:
 
     def _reward_factory(self) -> RayRewardFactory:
         config = self._config
-        base_dir = config.base_dir
-        assert base_dir is not None
+        task = None if self.prepared.task_scorer is None else config.task
+        assert config.base_dir is not None
+        code = collect_code([config.task.name, *(spec.name for spec in config.rewards)], config.base_dir)
         return RayRewardFactory(
-            lambda: spawn_reward_worker(
-                self._actors, config.reward_workers, config.rewards, base_dir, self.prepared.task_scorer
-            ),
+            lambda: spawn_reward_worker(self._actors, config.reward_workers, config.rewards, code, task),
             start_timeout_s=config.reward_workers.start_timeout_s + config.cluster.start_timeout_s,
             timeout_s=_score_timeout_s(config),
             unresponsive_after_s=config.reward_workers.unresponsive_after_s,
@@ -173,12 +218,14 @@ class Cast:
         )
 
     async def _restart_learner(self) -> Sequence[Any]:
+        self._meter.add("weaver_rl_actor_losses_total", 1, role="learner")
         await self._actors.kill_learner()
         await self._reservation.placed_again(self._placement.learner_bundles)
         spawn_learner(self._actors, self._config.learner, self._placement, self._reservation.group)
         await self._start_learner()
         if self._transport != "object_store":
             await self._connect()
+        self._meter.add("weaver_rl_actor_restarts_total", 1, role="learner")
         return self._actors.learner_ranks
 
     async def _connect(self) -> None:

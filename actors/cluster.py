@@ -50,7 +50,7 @@ def connected(cluster: ClusterConfig, logs: Path, stop: StopSignals) -> Iterator
     Raises:
         ResourcesError: no cluster answers at that address.
     """
-    address = cluster.address or os.environ.get("RAY_ADDRESS") or LOCAL
+    address = _address(cluster)
     if address == LOCAL:
         with _local_cluster(logs, stop):
             yield
@@ -73,6 +73,15 @@ def connected(cluster: ClusterConfig, logs: Path, stop: StopSignals) -> Iterator
     finally:
         with stop.deferred():
             ray.shutdown()
+
+
+def is_private(cluster: ClusterConfig) -> bool:
+    """Whether `connected` starts a cluster that lives with this process."""
+    return _address(cluster) == LOCAL
+
+
+def _address(cluster: ClusterConfig) -> str:
+    return cluster.address or os.environ.get("RAY_ADDRESS") or LOCAL
 
 
 def _require_listener(address: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
@@ -56,6 +57,7 @@ class EngineHost:
         paused: PauseMode | None = None,
     ) -> None:
         self.name = name
+        self.base_model = prepared.config.name
         self._prepared = prepared
         self._placement = placement
         self._config = config
@@ -72,6 +74,10 @@ class EngineHost:
         self._inside: set[asyncio.Future[None]] = set()
         self._num_requests = 0
         self.turns: WeightTurns[SamplerWeights, EngineProcess] = WeightTurns(name, self._load)
+
+    @property
+    def is_up(self) -> bool:
+        return self._engine is not None
 
     @property
     def is_idle(self) -> bool:
@@ -304,6 +310,10 @@ class RaySamplers:
         self._whole: dict[str, EngineHost] = {}
         self._paused: dict[str, PauseMode] = {}
         """Of models without an engine yet."""
+
+    def num_up(self) -> Counter[str]:
+        """Engines that are up, by base model."""
+        return Counter(host.base_model for host in (*self._shared.values(), *self._whole.values()) if host.is_up)
 
     async def preload(self, base_model: str) -> None:
         """Starts the engine of a base."""

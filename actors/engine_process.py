@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -17,6 +18,7 @@ from actors.cluster import reserve
 from actors.ending import end_actor
 from actors.identity import Identity
 from actors.lineup import PreparedModel
+from actors.model_files import model_on
 from actors.sampler import SamplerSpec
 from actors.sampler_replica import ANSWER_MARGIN_S, RaySampler
 from actors.spawn import spawn_sampler
@@ -121,6 +123,8 @@ class EngineProcess:
 async def _started(actor: Any, spec: SamplerSpec) -> Identity:
     # The sampler itself gives up first, and says where its engine stands.
     timeout_s = spec.start_timeout_s + ANSWER_MARGIN_S
+    model_dir = await model_on(actor, spec.model_dir, name=spec.name, start_timeout_s=timeout_s)
+    spec = replace(spec, model_dir=model_dir)
     await answer(actor.start.remote(spec), actor=spec.name, doing="starting its engine", timeout_s=timeout_s)
     identity: Identity = await answer(
         actor.identity.remote(), actor=spec.name, doing="saying which process it is", timeout_s=LOAD_TIMEOUT_S

@@ -6,9 +6,10 @@ A rank holds a policy and any number of adapters on it, each a model of its own;
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +19,10 @@ import ray
 from actors.batches import handed_over
 from actors.calls import answer, first_error, together
 from actors.identity import Identity, this_process
+from actors.model_files import ModelFiles, model_here
 from actors.object_store import Chunk, publish
+from actors.rank_files import FilesOfRank, RankFiles
+from actors.span_source import NodeSpans, drain_this_process
 from actors.transfer_client import SamplerClient
 from actors.turns import Turns
 from weaver_rl.errors import ActorFailedError, CallFailedError, ConfigError, LearnerLostError
@@ -27,6 +31,7 @@ from weaver_rl.learner.config import LearnerConfig
 from weaver_rl.learner.microbatches import Positions, Shard, shard_data, unshard
 from weaver_rl.learner.microbatches import sum_weights as total_weights
 from weaver_rl.losses.config import LossConfig
+from weaver_rl.spans import span
 from weaver_rl.types import (
     AdamParams,
     Datum,
@@ -55,7 +60,7 @@ class LearnerSpec:
     chunk_bytes: int
 
 
-class LearnerRank:
+class LearnerRank(FilesOfRank):
     """One rank. Made first (which imports torch), started when the model and the other ranks' address are there.
 
     Operations take the name of an adapter; None: the policy itself.
@@ -65,7 +70,8 @@ class LearnerRank:
         # Samplers work on the same cores while the learner waits: a spinning OpenMP pool would take them away.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         os.environ.setdefault("GOMP_SPINCOUNT", "0")
-        import transformers  # noqa: F401
+        with span("learner/start", part="import"):
+            import transformers  # noqa: F401
 
         self._learner: Learner | None = None
         self._adapters: dict[str, Learner] = {}
@@ -78,6 +84,11 @@ class LearnerRank:
             probe.bind((address, 0))
             return address, int(probe.getsockname()[1])
 
+    def fetch_model(self, files: ModelFiles) -> Path:
+        """The directory of this node that has the model; copied from the driver's node if there is none."""
+        return model_here(files)
+
+    @span("learner/start", part="policy")
     def start(self, spec: LearnerSpec) -> int:
         """Loads the policy, without adapters; returns its number of parameters."""
         from weaver_rl.learner.learner import Learner
@@ -104,9 +115,11 @@ class LearnerRank:
         self._running().remove_adapter(name)
         del self._adapters[name]
 
+    @span("learner/forward")
     def forward(self, data: Sequence[Datum], temperature: float, adapter: str | None = None) -> ForwardOutput:
         return self._model(adapter).forward(data, temperature)
 
+    @span("learner/forward_backward")
     def forward_backward(
         self,
         data: Sequence[Datum],
@@ -121,6 +134,7 @@ class LearnerRank:
             data, loss, sum_weights, temperature, positions=positions, with_grad_norm=with_grad_norm
         )
 
+    @span("learner/optim_step")
     def optim_step(self, params: AdamParams, adapter: str | None = None) -> OptimStepOutput:
         return self._model(adapter).optim_step(params)
 
@@ -142,6 +156,7 @@ class LearnerRank:
             num_workers=len(samplers) * tensor_parallel,
         )
 
+    @span("learner/publish")
     def publish_weights(self, version: int) -> PublishedWeights | None:
         """Sends the weights to the samplers' GPUs, or puts them into the object store for the samplers to fetch.
 
@@ -153,17 +168,25 @@ class LearnerRank:
         published = publish(version, self._chunks())
         return published if self._spec.rank == 0 else None
 
+    @span("learner/save")
     def save_state(self, directory: Path, with_optimizer: bool = True, adapter: str | None = None) -> None:
         self._model(adapter).save_state(directory, with_optimizer)
 
+    @span("learner/load")
     def load_state(self, directory: Path, with_optimizer: bool = True, adapter: str | None = None) -> None:
         self._model(adapter).load_state(directory, with_optimizer)
 
+    @span("learner/save")
     def save_for_sampler(self, directory: Path, adapter: str | None = None) -> None:
         self._model(adapter).save_for_sampler(directory)
 
+    @span("learner/save")
     def save_hf(self, directory: Path, adapter: str | None = None) -> None:
         self._model(adapter).save_hf(directory)
+
+    def drain_spans(self) -> NodeSpans:
+        """What it did since it was last asked."""
+        return drain_this_process()
 
     def identity(self) -> Identity:
         """Which process this is."""
@@ -212,6 +235,7 @@ class RayLearnerGroup:
         outlives_failed_calls: a rank that is alone goes on after a call that failed in it (out of memory, say), which
             is CallFailedError then; ranks that may be out of step with each other are lost by that.
         name: what errors and waits call the learner.
+        files: brings state and policy from and to ranks that do not see the directories; None: all ranks see them.
     """
 
     def __init__(
@@ -222,12 +246,14 @@ class RayLearnerGroup:
         *,
         outlives_failed_calls: bool = False,
         name: str = "learner",
+        files: RankFiles | None = None,
     ) -> None:
         self._ranks = list(ranks)
         self._timeout_s = timeout_s
         self._start_anew = start_anew
         self._outlives_failed_calls = outlives_failed_calls
         self._name = name
+        self._files = files
         self._adapter: str | None = None
         self._turns = Turns()
 
@@ -317,20 +343,46 @@ class RayLearnerGroup:
 
     async def save_state(self, directory: Path, with_optimizer: bool = True) -> None:
         # Ranks may run with another working directory: only an absolute path means the same to all.
-        path = directory.resolve()
-        await self._all("save_state", lambda rank: rank.save_state.remote(path, with_optimizer, self._adapter))
+        async with self._written(directory) as paths:
+            await self._all_at(
+                paths, "save_state", lambda rank, path: rank.save_state.remote(path, with_optimizer, self._adapter)
+            )
 
     async def load_state(self, directory: Path, with_optimizer: bool = True) -> None:
-        path = directory.resolve()
-        await self._all("load_state", lambda rank: rank.load_state.remote(path, with_optimizer, self._adapter))
+        async with self._read(directory) as paths:
+            await self._all_at(
+                paths, "load_state", lambda rank, path: rank.load_state.remote(path, with_optimizer, self._adapter)
+            )
 
     async def save_for_sampler(self, directory: Path) -> None:
-        path = directory.resolve()
-        await self._all("save_for_sampler", lambda rank: rank.save_for_sampler.remote(path, self._adapter))
+        async with self._written(directory) as paths:
+            await self._all_at(
+                paths, "save_for_sampler", lambda rank, path: rank.save_for_sampler.remote(path, self._adapter)
+            )
 
     async def save_hf(self, directory: Path) -> None:
-        path = directory.resolve()
-        await self._all("save_hf", lambda rank: rank.save_hf.remote(path, self._adapter))
+        async with self._written(directory) as paths:
+            await self._all_at(paths, "save_hf", lambda rank, path: rank.save_hf.remote(path, self._adapter))
+
+    @contextlib.asynccontextmanager
+    async def _written(self, directory: Path) -> AsyncIterator[Sequence[Path]]:
+        """Where each rank writes to `directory`."""
+        with _lost_by_failure():
+            if self._files is None:
+                yield [directory.resolve()] * len(self._ranks)
+                return
+            async with self._files.written(self._ranks, directory.resolve()) as paths:
+                yield paths
+
+    @contextlib.asynccontextmanager
+    async def _read(self, directory: Path) -> AsyncIterator[Sequence[Path]]:
+        """Where each rank reads from `directory`."""
+        with _lost_by_failure():
+            if self._files is None:
+                yield [directory.resolve()] * len(self._ranks)
+                return
+            async with self._files.read(self._ranks, directory.resolve()) as paths:
+                yield paths
 
     def _shards(self, data: Sequence[Datum]) -> tuple[Shard, ...]:
         return shard_data(data, len(self._ranks))
@@ -344,10 +396,20 @@ class RayLearnerGroup:
         ranks = self._ranks  # those of now: nobody who waits gets into the ranks of a restart unasked
         return await self._turns.run(lambda: self._answers(ranks, doing, call, shards))
 
+    async def _all_at(self, paths: Sequence[Path], doing: str, call: Callable[[Any, Any], Any]) -> list[Any]:
+        """Every rank's answer, each called with its path."""
+        ranks = self._ranks
+        return await self._turns.run(lambda: self._answered(ranks, doing, call, paths))
+
     async def _answers(
         self, ranks: Sequence[Any], doing: str, call: Callable[[Any, Any], Any], shards: Sequence[Shard]
     ) -> list[Any]:
         parts = await asyncio.gather(*(handed_over(shard.data) for shard in shards)) or [None] * len(ranks)
+        return await self._answered(ranks, doing, call, parts)
+
+    async def _answered(
+        self, ranks: Sequence[Any], doing: str, call: Callable[[Any, Any], Any], parts: Sequence[Any]
+    ) -> list[Any]:
         try:
             return await together(
                 answer(call(handle, part), actor=f"{self._name} rank {rank}", doing=doing, timeout_s=self._timeout_s)
@@ -358,3 +420,14 @@ class RayLearnerGroup:
             if alone and isinstance(error, CallFailedError):
                 raise
             raise LearnerLostError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _lost_by_failure() -> Iterator[None]:
+    """A rank, or its node, that does not give its files is as lost as one that does not answer."""
+    try:
+        yield
+    except (CallFailedError, LearnerLostError):
+        raise
+    except ActorFailedError as error:
+        raise LearnerLostError(str(error)) from error

@@ -82,6 +82,10 @@ class LearnerHost:
             self._starting.add_done_callback(self._started)
         return await shared(self._starting, f"{self.name} was ended while it started")
 
+    @property
+    def is_up(self) -> bool:
+        return self._group is not None
+
     def is_up_with(self, group: RayLearnerGroup) -> bool:
         """Whether it is that group which is up."""
         return self._group is group

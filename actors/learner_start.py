@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from actors.calls import answer
+from actors.calls import answer, together
 from actors.identity import ActorFacts, Identity, this_process
 from actors.learner import LearnerSpec
+from actors.model_files import model_on
 from weaver_rl.learner.config import LearnerConfig
 from weaver_rl.waits import current_waits
 from weaver_rl.weights.config import Transport
@@ -33,13 +34,18 @@ async def start_learner(
         name: what errors and waits call the learner.
     """
     timeout_s = config.timeout_s
+    # All before one starts: ranks wait for each other from then on, and not for as long as a large model may take.
+    found = await together(
+        model_on(actor, model_dir, name=f"{name} rank {rank}", start_timeout_s=timeout_s)
+        for rank, actor in enumerate(ranks)
+    )
     address, port = await answer(
         ranks[0].free_address.remote(), actor=f"{name} rank 0", doing="starting", timeout_s=timeout_s
     )
     async with asyncio.TaskGroup() as tasks:
         for rank, actor in enumerate(ranks):
             spec = LearnerSpec(
-                model_dir=model_dir,
+                model_dir=found[rank],
                 config=config,
                 rank=rank,
                 seed=seed,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from dataclasses import dataclass
 
 from actors.calls import shared
@@ -53,6 +54,11 @@ class RayLearners:
         self._open: dict[str, HostedModel] = {}
         self._opening: dict[str, _Opening] = {}
         self._closing: dict[str, asyncio.Task[None]] = {}
+
+    def num_up(self) -> Counter[str]:
+        """Learners that are up, by base model."""
+        hosts = (*self._shared.values(), *self._whole.values())
+        return Counter(host.base_model for host in hosts if host.is_up)
 
     async def preload(self, base_model: str) -> None:
         """Starts the learner that LoRA models of a base share."""

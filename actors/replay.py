@@ -19,6 +19,7 @@ from actors.cluster import cluster_gpus, connected, granted
 from actors.learner import RayLearnerGroup
 from actors.learner_start import start_learner
 from actors.preparation import Prepared, prepare
+from actors.rank_files import RankFiles
 from actors.signals import StopSignals
 from actors.spawn import Actors, spawn_learner
 from weaver_rl.config import RunConfig
@@ -90,7 +91,11 @@ async def _run(
         )
         return await replay_steps(
             plan,
-            learner=RayLearnerGroup(actors.learner_ranks, plan.config.learner.timeout_s),
+            learner=RayLearnerGroup(
+                actors.learner_ranks,
+                plan.config.learner.timeout_s,
+                files=RankFiles(plan.config.learner.timeout_s),
+            ),
             prompts=prepared.prompts,
             on_step=lambda replayed: status.update(f"replayed step {replayed.step} of {plan.step}"),
         )

@@ -1,4 +1,7 @@
-"""A reward worker's process, its handle for the fleet, and how one is made. It knows neither sampling nor learning."""
+"""A reward worker's process, its handle for the fleet, and how one is made. It knows neither sampling nor learning.
+
+It scores with the driver's code: on a node that lacks the users' files they come with it.
+"""
 
 from __future__ import annotations
 
@@ -10,36 +13,73 @@ from typing import Any
 from actors.calls import answer
 from actors.ending import end_actor
 from actors.identity import ActorFacts, Identity, this_process
+from actors.span_source import NodeSpans, drain_this_process
+from weaver_rl.models.directories import make_once
+from weaver_rl.models.smollm2 import cache_dir
 from weaver_rl.rewards.config import RewardSpec, RewardWorkersConfig
 from weaver_rl.rewards.pool import RewardWorker
+from weaver_rl.spans import span
+from weaver_rl.tasks.config import TaskConfig
+from weaver_rl.tasks.load import TaskScorer
 from weaver_rl.types import RewardComponent, Rollout
+from weaver_rl.user_code import UserCode, find_code, write_code
 from weaver_rl.waits import current_waits
 
 
 class RewardActor:
-    """One reward worker. User code runs in a child process of this one, which is killed when it must be."""
+    """One reward worker. User code runs in a child process of this one, which is killed when it must be.
+
+    Args:
+        code: the files of the rewards and the task.
+        task: whose own scorer the reward `task` calls; None: it has none.
+    """
 
     def __init__(
-        self,
-        specs: Sequence[RewardSpec],
-        workers: RewardWorkersConfig,
-        base_dir: Path,
-        task_scorer: Callable[[Rollout], float] | None,
+        self, specs: Sequence[RewardSpec], workers: RewardWorkersConfig, code: UserCode, task: TaskConfig | None
     ) -> None:
-        self._worker = RewardWorker(specs=specs, workers=workers, base_dir=base_dir, task_scorer=task_scorer)
+        self._specs = specs
+        self._workers = workers
+        self._code = code
+        self._task = task
+        self._worker: RewardWorker | None = None
 
+    @span("reward/start")
     async def start(self) -> None:
+        base_dir = await asyncio.to_thread(code_here, self._code)
+        # Made here and not where the task is loaded: it is bound to the files of the node that it is used on.
+        scorer = None if self._task is None else TaskScorer(self._task, base_dir)
+        self._worker = RewardWorker(specs=self._specs, workers=self._workers, base_dir=base_dir, task_scorer=scorer)
         await self._worker.start()
 
     async def score(self, rollouts: Sequence[Rollout]) -> tuple[tuple[RewardComponent, ...], ...]:
+        assert self._worker is not None
         return await self._worker.score(rollouts)
+
+    async def drain_spans(self) -> NodeSpans:
+        """What it did since it was last asked."""
+        return drain_this_process()
 
     async def identity(self) -> Identity:
         """Which process this is; also the answer to whether it lives."""
         return this_process()
 
     async def close(self) -> None:
-        await self._worker.close()
+        if self._worker is not None:
+            await self._worker.close()
+
+
+def code_here(code: UserCode) -> Path:
+    """The directory of this node where the names of rewards and task start; written to its cache if there is none."""
+    found = find_code(code, Path.cwd())
+    if found is not None:
+        return found
+    root = cache_dir() / "code" / code.fingerprint
+    make_once(root, {"code": code.fingerprint}, lambda aside: _written(code, aside))
+    return root / code.base
+
+
+def _written(code: UserCode, root: Path) -> None:
+    write_code(code, root)
 
 
 class RayRewardWorker:
@@ -54,7 +94,7 @@ class RayRewardWorker:
         self, name: str, actor: Any, identity: Identity, *, timeout_s: float, unresponsive_after_s: float
     ) -> None:
         self.name = name
-        self._actor = actor
+        self.handle = self._actor = actor
         self._timeout_s = timeout_s
         self._unresponsive_after_s = unresponsive_after_s
         current_waits().describe(name, ActorFacts(identity, here=this_process().node_id))
@@ -98,6 +138,7 @@ class RayRewardFactory:
         self._start_timeout_s = start_timeout_s
         self._timeout_s = timeout_s
         self._unresponsive_after_s = unresponsive_after_s
+        self.replicas: dict[str, RayRewardWorker] = {}
 
     async def start(self, name: str) -> RayRewardWorker:
         actor = self._spawn()
@@ -109,6 +150,7 @@ class RayRewardFactory:
         except BaseException:
             await asyncio.shield(end_actor(actor, kill=True))
             raise
-        return RayRewardWorker(
+        self.replicas[name] = RayRewardWorker(
             name, actor, identity, timeout_s=self._timeout_s, unresponsive_after_s=self._unresponsive_after_s
         )
+        return self.replicas[name]

@@ -14,13 +14,16 @@ import ray
 from ray.exceptions import ObjectLostError
 
 from actors.identity import Identity, this_process
+from actors.model_files import ModelFiles, model_here
 from actors.object_store import tensors
+from actors.span_source import NodeSpans, drain_this_process
 from weaver_rl.engines.config import LoraLimits
 from weaver_rl.engines.loop import EngineLoop, PauseMode
 from weaver_rl.engines.start import import_vllm, prepare_process
 from weaver_rl.engines.vllm import VllmEngine
 from weaver_rl.errors import LearnerLostError
 from weaver_rl.rollout import SamplingConfig
+from weaver_rl.spans import span
 from weaver_rl.types import (
     Adapter,
     Float32Array,
@@ -78,6 +81,11 @@ class Sampler:
         self._spec: Future[SamplerSpec] = Future()
         self._loop = EngineLoop(self._build)
         self._num_loading = 0
+
+    @ray.method(concurrency_group=CONTROL)
+    async def fetch_model(self, files: ModelFiles) -> Path:
+        """The directory of this node that has the model; copied from the driver's node if there is none."""
+        return await asyncio.to_thread(model_here, files)
 
     @ray.method(concurrency_group=CONTROL)
     async def start(self, spec: SamplerSpec) -> int:
@@ -155,7 +163,8 @@ class Sampler:
 
         Raises EngineError, with the weights as they were, for a directory of another model or an engine with adapters.
         """
-        await self._load(lambda engine: engine.load_directory(directory, version))
+        loading = span("sampler/load_weights", version=version)
+        await self._load(loading(lambda engine: engine.load_directory(directory, version)))
 
     @ray.method(concurrency_group=CONTROL)
     async def forget_adapter(self, name: str) -> None:
@@ -166,13 +175,15 @@ class Sampler:
     async def load_weights(self, weights: PublishedWeights) -> None:
         """Loads a version and drops what was cached under older ones."""
         try:
-            chunks = [await reference for reference in weights.handle or ()]
+            with span("sampler/fetch_weights", version=weights.version):
+                chunks = [await reference for reference in weights.handle or ()]
         except (ObjectLostError, ray.exceptions.RaySystemError) as error:
             raise LearnerLostError(
                 f"weights v{weights.version} are gone with the learner that published them"
             ) from error
 
         # In one command: an engine step between two chunks would sample from a policy that never existed.
+        @span("sampler/load_weights", version=weights.version)
         def load(engine: VllmEngine) -> None:
             pairs = chain.from_iterable(tensors(chunk) for chunk in chunks) if chunks else None
             engine.replace_weights(weights.version, pairs)
@@ -200,6 +211,11 @@ class Sampler:
         )
 
     @ray.method(concurrency_group=CONTROL)
+    def drain_spans(self) -> NodeSpans:
+        """What it did since it was last asked."""
+        return drain_this_process()
+
+    @ray.method(concurrency_group=CONTROL)
     def identity(self) -> Identity:
         """Which process this is."""
         return this_process()
@@ -213,7 +229,8 @@ class Sampler:
         """
         if method == "start_weight_update":
             await asyncio.wrap_future(self._loop.hold())
-        await self._call(lambda engine: engine.call_workers(method, *args))
+        calling = span("sampler/load_weights", method=method)
+        await self._call(calling(lambda engine: engine.call_workers(method, *args)))
 
     @ray.method(concurrency_group=CONTROL)
     async def close(self) -> None:
@@ -234,8 +251,13 @@ class Sampler:
     def _build(self) -> VllmEngine:
         # The import takes as long as the rest; it happens while the model is still being prepared. It is here and not
         # in a thread of its own because vLLM is to be imported, built and stepped by one and the same thread.
-        import_vllm()
+        with span("sampler/start", part="import"):
+            import_vllm()
         spec = self._spec.result()
+        with span("sampler/start", part="engine"):
+            return self._built(spec)
+
+    def _built(self, spec: SamplerSpec) -> VllmEngine:
         return VllmEngine(
             model_dir=spec.model_dir,
             name=spec.name,

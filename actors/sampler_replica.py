@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -14,6 +15,7 @@ from ray.exceptions import RayError
 from actors.calls import answer, explained
 from actors.ending import end_actor
 from actors.identity import ActorFacts, Identity, this_process
+from actors.model_files import model_on
 from actors.sampler import Heartbeat, SamplerSpec
 from weaver_rl.errors import ActorFailedError
 from weaver_rl.rollout import SamplingConfig
@@ -133,6 +135,8 @@ class RaySamplerFactory:
         try:
             # The sampler itself gives up first, and says where its engine stands.
             timeout_s = spec.start_timeout_s + ANSWER_MARGIN_S
+            model_dir = await model_on(actor, spec.model_dir, name=name, start_timeout_s=timeout_s)
+            spec = replace(spec, model_dir=model_dir)
             await answer(actor.start.remote(spec), actor=name, doing="starting its engine", timeout_s=timeout_s)
             identity = await answer(
                 actor.identity.remote(), actor=name, doing="saying which process it is", timeout_s=self._load_timeout_s

@@ -16,13 +16,17 @@ from actors.cluster import cluster_gpus, connected, cpus_per_node
 from actors.engine_host import RaySamplers
 from actors.learners import RayLearners
 from actors.lineup import PreparedModel, prepare_lineup
+from actors.ray_metrics import metered
 from actors.signals import StopSignals
+from weaver_rl.meter import Meter
 from weaver_rl.service.config import ServeConfig
 from weaver_rl.service.http.app import create_app
 from weaver_rl.service.http.auth import ApiKeys
 from weaver_rl.service.http.server import HttpServer
+from weaver_rl.service.metrics_table import SERVICE_METRICS
 from weaver_rl.service.operations import Operations
 from weaver_rl.service.service import Service
+from weaver_rl.service.service_meter import ServerFigures, follow
 from weaver_rl.service.state_files import StateFiles
 from weaver_rl.service.store import Store
 from weaver_rl.waits import current_waits
@@ -42,11 +46,12 @@ def serve(config: ServeConfig, console: Console) -> None:
         StopSignals() as stop,
         StateFiles(config.state_dir) as files,
         connected(config.cluster, files.logs, stop),
+        metered(config.cluster, SERVICE_METRICS, {"server": config.name}) as meter,
     ):
         console.print(f"preparing {len(config.models)} model(s)", highlight=False)
         prepared = prepare_lineup(config, config.state_dir)
         try:
-            asyncio.run(_serve(config, keys, files, prepared, console, stop))
+            asyncio.run(_serve(config, keys, files, prepared, console, stop, meter))
         except BaseExceptionGroup as errors:
             raise first_error(errors) from errors
 
@@ -58,10 +63,11 @@ async def _serve(
     prepared: dict[str, PreparedModel],
     console: Console,
     stop: StopSignals,
+    meter: Meter,
 ) -> None:
     async with stop.running(), contextlib.AsyncExitStack() as stack:
         store = await stack.enter_async_context(Store.opened(config.database or files.database_url))
-        operations = Operations(store, config.operations)
+        operations = Operations(store, config.operations, meter=meter)
         learners, samplers = await stack.enter_async_context(_hosts(config, prepared))
         service = Service(
             config=config,
@@ -71,11 +77,23 @@ async def _serve(
             learners=learners,
             samplers=samplers,
             lineup={name: model.lineup for name, model in prepared.items()},
+            meter=meter,
         )
         await stack.enter_async_context(service)
         # They end right after the HTTP server: what runs has its time while all that it needs is still there.
         await stack.enter_async_context(operations)
-        server = HttpServer(create_app(service, config, keys), config.http)
+
+        def figures() -> ServerFigures:
+            return ServerFigures(
+                by_kind=operations.by_kind(),
+                by_base_model=operations.by_base_model(),
+                engines=dict.fromkeys(prepared, 0) | samplers.num_up(),
+                learners=dict.fromkeys(prepared, 0) | learners.num_up(),
+            )
+
+        following = asyncio.create_task(follow(meter, figures))
+        stack.callback(following.cancel)
+        server = HttpServer(create_app(service, config, keys, meter=meter), config.http)
         stack.push_async_callback(server.stop)
         url = await server.start()
         console.print(f"weaver-rl serves {', '.join(prepared)} at {url}", highlight=False, soft_wrap=True)

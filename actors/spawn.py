@@ -1,12 +1,11 @@
-"""Makes the actors of a run and ends them; the only `ray.remote`. It knows where they go, not what they say."""
+"""Makes the actors of a run and ends them; the only `ray.remote` of actors. It knows places, not what they say."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -22,7 +21,8 @@ from weaver_rl.engines.config import SamplerConfig
 from weaver_rl.learner.config import LearnerConfig
 from weaver_rl.placement import Placement
 from weaver_rl.rewards.config import RewardSpec, RewardWorkersConfig
-from weaver_rl.types import Rollout
+from weaver_rl.tasks.config import TaskConfig
+from weaver_rl.user_code import UserCode
 
 MAX_CALLS_IN_FLIGHT = 1000
 
@@ -125,11 +125,11 @@ def spawn_reward_worker(
     actors: Actors,
     config: RewardWorkersConfig,
     specs: Sequence[RewardSpec],
-    base_dir: Path,
-    task_scorer: Callable[[Rollout], float] | None,
+    code: UserCode,
+    task: TaskConfig | None,
 ) -> Any:
     """One reward worker, on whichever node has fewest; it reserves no CPU, scoring is short."""
     remote = ray.remote(RewardActor).options(num_cpus=0, scheduling_strategy="SPREAD")
-    worker = remote.remote(tuple(specs), config, base_dir, task_scorer)
+    worker = remote.remote(tuple(specs), config, code, task)
     actors.reward_workers.append(worker)
     return worker

@@ -14,7 +14,8 @@ import typer
 from rich.console import Console
 
 from weaver_rl import __version__
-from weaver_rl.commands import reward, runs, serve
+from weaver_rl.commands import check, cluster, inspect, jobs, plan, report, reward, runs, serve, trace
+from weaver_rl.commands.arguments import OPENED
 from weaver_rl.errors import UserError, WeaverRLError
 
 INTERRUPTED = "interrupted; nothing was left running"
@@ -30,14 +31,24 @@ app = typer.Typer(
 for command in (
     runs.train,
     runs.show,
+    check.check,
+    plan.plan,
     runs.status,
     runs.audit,
     runs.replay,
+    inspect.inspect,
+    report.report,
     runs.scale,
+    trace.trace,
     serve.serve,
     reward.reward,
+    jobs.submit,
+    jobs.logs,
+    jobs.stop,
+    jobs.jobs,
 ):
     app.command()(command)
+app.add_typer(cluster.cluster, name="cluster")
 
 
 def version(value: bool) -> None:
@@ -72,13 +83,17 @@ def guarded(run: Callable[[], None]) -> int:
     """Runs a command; returns its exit status."""
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        run()
+        with OPENED:
+            run()
     except KeyboardInterrupt:
         errors.print(INTERRUPTED)
         return INTERRUPTED_STATUS
     except SystemExit as ended:
         # How typer ends every command; an interrupt has become its status by then.
-        if ended.code == INTERRUPTED_STATUS:
+        left = ended.__context__
+        # A command that follows something else ends by typer.Exit of its own, having said what goes on without it.
+        says_so_itself = isinstance(left, typer.Exit) and not isinstance(left.__cause__, KeyboardInterrupt)
+        if ended.code == INTERRUPTED_STATUS and not says_so_itself:
             errors.print(INTERRUPTED)
         raise
     except UserError as error:

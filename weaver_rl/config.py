@@ -21,8 +21,10 @@ from weaver_rl.models.config import ModelConfig
 from weaver_rl.placement import ClusterConfig
 from weaver_rl.rewards.config import RewardSpec, RewardWorkersConfig, check_labels
 from weaver_rl.rollout import RolloutConfig
+from weaver_rl.run_location import RunDir, staging_folder
 from weaver_rl.section import Section
 from weaver_rl.tasks.config import TaskConfig
+from weaver_rl.tracking.config import TrackingConfig
 from weaver_rl.warm_start import WarmStartConfig
 from weaver_rl.weights.config import WeightsConfig
 
@@ -43,8 +45,9 @@ class RunConfig(Section):
     """Names the run and its folder."""
     seed: int = Field(default=0, ge=0, lt=2**31)
     """Everything random in the run follows from it."""
-    run_dir: Path | None = None
-    """The run folder; null: runs/NAME under the working directory."""
+    run_dir: RunDir = None
+    """The run folder, a path or a URL (`s3://bucket/runs/x`, any scheme of fsspec); null: runs/NAME under the working
+    directory."""
     base_dir: Path | None = None
     """Where relative paths of tasks and rewards start; null: the directory of the configuration file."""
     model: ModelConfig
@@ -81,10 +84,18 @@ class RunConfig(Section):
     """Evaluation on held-out prompts."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Checkpoints to resume from."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Weights & Biases and MLflow, if the run is to tell them its metrics."""
 
     @property
     def folder(self) -> Path:
-        """The run folder."""
+        """The run folder as a directory of this machine; of a URL the one that is mirrored to it."""
+        place = self.place
+        return staging_folder(place) if isinstance(place, str) else place
+
+    @property
+    def place(self) -> Path | str:
+        """The run folder as it was given: a path, or a URL as text."""
         return self.run_dir if self.run_dir is not None else Path("runs") / self.name
 
     @property

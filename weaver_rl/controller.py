@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +31,7 @@ from weaver_rl.evaluation import evaluate
 from weaver_rl.group_stream import Backlog, GroupStream
 from weaver_rl.journal import Journal
 from weaver_rl.learn_step import demonstration_data, learn, next_baseline
+from weaver_rl.ledger import REWOUND, STEP
 from weaver_rl.losses.config import CrossEntropy
 from weaver_rl.metrics import MetricsWriter
 from weaver_rl.off_policy import LearnInput
@@ -40,6 +42,7 @@ from weaver_rl.rollout import group_id_of
 from weaver_rl.rollout_files import RecordedRollout, truncate_after, write_rollouts
 from weaver_rl.run_folder import RunFolder, ending
 from weaver_rl.run_state import RunState
+from weaver_rl.spans import now, record, span
 from weaver_rl.stage_clock import StageClock
 from weaver_rl.step_metrics import eval_metrics, step_metrics
 from weaver_rl.terminal import LiveView
@@ -88,6 +91,8 @@ class Controller:
         journal: Journal,
         view: LiveView,
         on_step: Callable[[int], None] = lambda step: None,
+        save_rollouts: Callable[[Path, int, Sequence[RecordedRollout]], Path] = write_rollouts,
+        now: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._config = config
         self._crew = crew
@@ -98,13 +103,15 @@ class Controller:
         self._journal = journal
         self._view = view
         self._on_step = on_step
+        self._save_rollouts = save_rollouts
+        self._now = now
         self._beginning = RunState(prompts_dropped=crew.prompts.num_dropped)
         """What a finite task left out was known before anything was asked of it."""
         self._state = self._beginning
         self._synced: int | None = None
         self._records: list[RecordedRollout] = []
         self._writing: asyncio.Task[Path] | None = None
-        self._clock = StageClock()
+        self._clock = StageClock(self._now)
         self._warm_steps = config.warm_start.num_steps if config.warm_start else 0
         self._last_step = self._warm_steps + config.num_steps
         self._first_position = self._warm_steps * config.warm_start.prompts_per_step if config.warm_start else 0
@@ -117,6 +124,7 @@ class Controller:
             seed=config.seed,
             last_position=self._first_position + config.num_steps * config.rollout.prompts_per_step,
             events=journal,
+            now=now,
         )
 
     async def run(self, *, resume: bool = False) -> RunSummary:
@@ -201,7 +209,7 @@ class Controller:
         self._sync.forget()
         with self._waiting("the learner to start anew"):
             await self._crew.learner.restart()
-        self._clock = StageClock()
+        self._clock = StageClock(self._now)
         if not await self._restore("the learner was lost"):
             await self._go_back(self._beginning, Backlog(position=0, in_flight=()), "the learner was lost")
             self._view.note("no checkpoint yet: the run starts from its beginning")
@@ -213,7 +221,8 @@ class Controller:
         assert warm is not None
         state, clock = self._state, self._clock
         num_dropped = self._crew.prompts.num_dropped
-        data = demonstration_data(self._config, state.step + 1, self._crew.prompts)
+        with span("controller/prompts"):
+            data = demonstration_data(self._config, state.step + 1, self._crew.prompts)
         with clock.stage("learn"), self._waiting("the learner"):
             learned = await self._crew.learner.forward_backward(data, CrossEntropy(name="cross_entropy"))
             update = await self._crew.learner.optim_step(warm.adam_params_at(state.step, self._config.learner))
@@ -235,7 +244,8 @@ class Controller:
 
     async def _train_step(self) -> None:
         state, step = self._state, self._state.step + 1
-        self._stream.admit(state.step)
+        with span("controller/prompts"):
+            self._stream.admit(state.step)
         self._view.waiting("the samplers and rewards")
         groups = await self._stream.take(step, self._clock)
         self._view.waiting(None)
@@ -354,10 +364,11 @@ class Controller:
     async def _finish_step(self, phase: str, metrics: dict[str, float], *, checkpoint: bool) -> None:
         """Records the step; a checkpoint's time shows in the next step, its line must be there before it."""
         metrics |= self._clock.metrics()
-        step = self._state.step
+        step, end_s = self._state.step, now()
+        record(STEP, end_s - metrics["seconds/step"], end_s, track="steps", step=step, phase=phase)
         self._metrics.write(step, "warm_start" if phase == "warm_start" else "train", metrics)
         self._on_step(step)
-        self._clock = StageClock()
+        self._clock = StageClock(self._now)
         await self._write_records()
         if checkpoint:
             await self._records_written()
@@ -405,12 +416,14 @@ class Controller:
         self._checkpoints.truncate_after(state.step)
         self._metrics.truncate_after(state.step)
         truncate_after(self._folder.path, state.step)
+        record(REWOUND, now(), now(), track="steps", step=state.step)
 
     async def _write_records(self) -> None:
         """Starts writing the rollouts of this step; that goes on while the next step is sampled, never further."""
         await self._records_written()
         if self._records:
-            write = asyncio.to_thread(write_rollouts, self._folder.path, self._records[0].step, self._records)
+            writing = span("controller/write_rollouts", rollouts=len(self._records))(self._save_rollouts)
+            write = asyncio.to_thread(writing, self._folder.path, self._records[0].step, self._records)
             self._writing = asyncio.create_task(write)
             self._records = []
 

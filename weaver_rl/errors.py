@@ -47,6 +47,14 @@ class ResourcesError(UserError, RuntimeError):
     """The cluster cannot give what the configuration asks for; prints asked and available."""
 
 
+class JobServerLostError(UserError, ConnectionError):
+    """A cluster's job server does not answer, or not like one that is well; it may later."""
+
+
+class UnknownJobError(UserError, LookupError):
+    """A job that the job server does not know."""
+
+
 class WeightSyncError(WeaverRLError, RuntimeError):
     """A sampler whose weights disagree with the learner's after a second try; names the sampler."""
 
@@ -57,6 +65,10 @@ class LogprobGapError(WeaverRLError, RuntimeError):
 
 class CheckpointError(UserError, RuntimeError):
     """A checkpoint that cannot be written or read."""
+
+
+class FilesError(UserError, RuntimeError):
+    """Files that cannot be brought to another node or to a remote run folder; says which and why."""
 
 
 class JournalError(UserError, RuntimeError):

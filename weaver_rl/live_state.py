@@ -48,7 +48,8 @@ class LiveState:
     num_waits: int = 0
     """All waits."""
     facts: Mapping[str, Any] = field(default_factory=dict)
-    """What the run says of itself: `step`; `samplers`, a list of mappings from column to figure; other figures."""
+    """What the run says of itself: `step`; `samplers`, a list of mappings from column to figure; `ledger`, by actor the
+    states of its last step with their shares of the time; other figures."""
 
     def write(self, path: Path) -> None:
         """Writes aside and renames. Not fsynced, it is written all the time: a lost one is followed by the next."""

@@ -1,4 +1,4 @@
-"""Every metric by name; the writer of metrics.jsonl and TensorBoard. It does not know how values are measured."""
+"""Every metric of a step by name; the writer of metrics.jsonl. It does not know how values are measured."""
 
 from __future__ import annotations
 
@@ -6,17 +6,14 @@ import json
 import math
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Literal, Self, get_args
 
-from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
-
 from weaver_rl.errors import UserError, WeaverRLError
+from weaver_rl.metrics_sinks import MetricsSink, TensorBoardEvents
 from weaver_rl.run_folder import RunFolder, write_atomically
 
 Phase = Literal["warm_start", "train"]
@@ -161,18 +158,22 @@ def read_metrics(path: Path) -> Iterator[MetricsLine]:
 
 
 class MetricsWriter:
-    """Writes one JSON object per step, flushed line by line, and the same scalars for TensorBoard.
+    """Writes one JSON object per step, flushed line by line, and tells the same to TensorBoard and other sinks.
 
     Opened on a folder with metrics it continues them: `step` and `time_s` count on. To resume from step N call
     `truncate_after(N)`; TensorBoard then hides what its earlier event files say about later steps.
+
+    Args:
+        sinks: are told every step besides TensorBoard; closing them is up to who made them.
     """
 
-    def __init__(self, folder: RunFolder, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, folder: RunFolder, clock: Callable[[], float] = time.monotonic, *, sinks: Sequence[MetricsSink] = ()
+    ) -> None:
         self._path = folder.metrics_file
-        self._tensorboard = folder.tensorboard
         self._clock = clock
-        self._tensorboard.mkdir(parents=True, exist_ok=True)
-        self._events = EventFileWriter(str(self._tensorboard), flush_secs=5)
+        self._tensorboard = TensorBoardEvents(folder.tensorboard)
+        self._sinks: tuple[MetricsSink, ...] = (self._tensorboard, *sinks)
         self._file = self._open(up_to=None)
 
     def write(self, step: int, phase: Phase, values: Mapping[str, float]) -> None:
@@ -185,17 +186,15 @@ class MetricsWriter:
         self._file.write(MetricsLine(step=step, phase=phase, time_s=self._elapsed_s(), values=plain).to_json())
         self._file.flush()
         self._last_step = step
-        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in plain.items()]
-        self._events.add_event(Event(wall_time=time.time(), step=step, summary=Summary(value=scalars)))
+        for sink in self._sinks:
+            sink.write(step, plain)
 
     def truncate_after(self, step: int) -> None:
         """Forgets every step after `step`, so that the file has each step once when a run goes on from there."""
         self._file.close()
         self._file = self._open(up_to=step)
-        restart = SessionLog(status=SessionLog.START)
-        # TensorBoard drops what it read before at or after the step of a START event.
-        self._events.add_event(Event(wall_time=time.time(), step=step + 1, session_log=restart))
-        self._events.flush()
+        for sink in self._sinks:
+            sink.rewound(step)
 
     def _open(self, up_to: int | None) -> IO[str]:
         kept = [line for line in read_metrics(self._path) if up_to is None or line.step <= up_to]
@@ -222,7 +221,7 @@ class MetricsWriter:
 
     def close(self) -> None:
         self._file.close()
-        self._events.close()
+        self._tensorboard.close()
 
     def __enter__(self) -> Self:
         return self

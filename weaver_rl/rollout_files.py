@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -136,11 +136,13 @@ def read_rollouts(run_dir: Path, steps: Iterable[int] | None = None) -> Iterator
         yield from read_file(rollouts_file(run_dir, step))
 
 
-def read_file(path: Path) -> Iterator[RecordedRollout]:
-    """The rollouts of one file in order, reading a chunk at a time."""
+def read_file(path: Path, only: Collection[str] | None = None) -> Iterator[RecordedRollout]:
+    """The rollouts of one file in order (those with an id in `only`, if given), reading a chunk at a time."""
     try:
         with pq.ParquetFile(path) as file:
             for chunk in file.iter_batches(batch_size=ROWS_PER_CHUNK):
+                if only is not None:
+                    chunk = chunk.filter(pa.array([row.as_py() in only for row in chunk["rollout_id"]], pa.bool_()))
                 yield from map(_from_row, chunk.to_pylist())
     except (pa.ArrowInvalid, OSError, KeyError) as error:
         raise UserError(f"{path} is no file of rollouts: {error}") from error

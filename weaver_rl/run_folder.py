@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import fcntl
 import importlib.metadata
 import json
@@ -10,7 +11,7 @@ import os
 import shutil
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from types import TracebackType
@@ -125,8 +126,28 @@ class RunFolder:
         return self.path / "metrics.jsonl"
 
     @property
+    def ledger_file(self) -> Path:
+        """Where every actor's time of every step went."""
+        return self.path / "ledger.jsonl"
+
+    @property
+    def spans(self) -> Path:
+        """What every actor did, a file for each."""
+        return self.path / "spans"
+
+    @property
+    def trace(self) -> Path:
+        """What `weaver-rl trace` writes."""
+        return self.path / "trace.json"
+
+    @property
     def tensorboard(self) -> Path:
         return self.path / "tensorboard"
+
+    @property
+    def tracking(self) -> Path:
+        """What tracking services were told, and files of theirs."""
+        return self.path / "tracking"
 
     @property
     def rollouts(self) -> Path:
@@ -207,6 +228,15 @@ class RunFolder:
             lock.close()
             raise
 
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """For the length of the block `is_claimed` says that a live process has it: a copy of a live run's folder."""
+        lock = self._lock()
+        try:
+            yield
+        finally:
+            lock.close()
+
     def _lock(self) -> IO[bytes]:
         # flock, not lockf: it belongs to the open file, so a second claim within one process is refused as well,
         # and the kernel lets it go with the process, however that died.
@@ -256,22 +286,42 @@ class RunFolder:
         status = self.read_status()
         return f"{status.state}, last step {status.last_step}" if status else "of unknown state"
 
-    def _remove_run(self) -> None:
-        # run.json goes last: a crash in the middle leaves a folder that still says it holds a run.
-        for path in (self.tensorboard, self.rollouts, self.checkpoints, self.policy, self.logs):
-            if path.is_dir():
-                shutil.rmtree(path)
-        for path in (
+    def is_own(self, name: str) -> bool:
+        """Whether a name relative to the folder is of the run's own, which `overwrite` removes."""
+        return self.path / name.split("/")[0] in (*self._own_folders(), *self._own_files())
+
+    def _own_folders(self) -> tuple[Path, ...]:
+        return (
+            self.tensorboard,
+            self.tracking,
+            self.spans,
+            self.rollouts,
+            self.checkpoints,
+            self.policy,
+            self.logs,
+        )
+
+    def _own_files(self) -> tuple[Path, ...]:
+        """run.json last: removed in this order, what a crash leaves still says that it holds a run."""
+        return (
             self.config_json,
             self.config_yaml,
             self.report,
             self.metrics_file,
+            self.ledger_file,
+            self.trace,
             self.live_file,
             self.scale_file,
             self.journal,
             *self.path.glob(f"{self.journal.name}-*"),
             self.status_file,
-        ):
+        )
+
+    def _remove_run(self) -> None:
+        for path in self._own_folders():
+            if path.is_dir():
+                shutil.rmtree(path)
+        for path in self._own_files():
             path.unlink(missing_ok=True)
 
 

@@ -116,6 +116,11 @@ class SamplerFleet:
         """Every sampler with what it is doing, in words."""
         return {member.name: _words(member) for member in self._members.values()}
 
+    @property
+    def num_owed(self) -> int:
+        """Groups asked for and not delivered."""
+        return sum(len(wave.owed) for wave in self._waves)
+
     def bring_up_with(self, bring_up: BringUp) -> None:
         """Says how a started sampler comes to the newest weights."""
         self._bring_up = bring_up

@@ -6,6 +6,8 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 
+from weaver_rl.spans import span
+
 
 class StageClock:
     """Times the stages of one step; they must not overlap.
@@ -24,10 +26,11 @@ class StageClock:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Adds the time of the block to `name`."""
+        """Adds the time of the block to `name`; it is a span, too: by it the ledger tells what was waited for."""
         begin = self._now()
         try:
-            yield
+            with span(f"controller/{name}"):
+                yield
         finally:
             self._seconds[name] = self._seconds.get(name, 0.0) + self._now() - begin
 

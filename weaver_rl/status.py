@@ -15,6 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from weaver_rl.errors import ConfigError
+from weaver_rl.ledger import in_words
 from weaver_rl.live_state import LiveState, LiveWait, read_live_state
 from weaver_rl.process_state import GONE, RUNNING, process_state
 from weaver_rl.run_folder import RunFolder, RunStatus
@@ -23,6 +24,7 @@ from weaver_rl.terminal_panel import duration
 OLD_S = 15.0
 """A driver tells every few seconds; one that has told nothing for longer does not run freely."""
 WAITS_SHOWN = 12
+ACTORS_SHOWN = 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +145,7 @@ def _total_steps(folder: RunFolder) -> int | None:
 
 
 def _print_facts(console: Console, facts: Mapping[str, Any]) -> None:
-    figures = {name: value for name, value in facts.items() if name not in ("samplers", "step")}
+    figures = {name: value for name, value in facts.items() if name not in ("samplers", "step", "ledger")}
     if figures:
         _say(console, " · ".join(f"{name.replace('_', ' ')} {value}" for name, value in figures.items()))
     samplers = facts.get("samplers")
@@ -151,6 +153,11 @@ def _print_facts(console: Console, facts: Mapping[str, Any]) -> None:
         columns = list(dict.fromkeys(column for sampler in samplers for column in sampler))
         rows = [[_cell(sampler.get(column)) for column in columns] for sampler in samplers]
         _print_table(console, "samplers", [column.replace("_", " ") for column in columns], rows)
+    ledger = facts.get("ledger")
+    if isinstance(ledger, dict) and ledger and all(isinstance(states, dict) for states in ledger.values()):
+        spent = [[actor, in_words(states)] for actor, states in ledger.items()]
+        left_out = f" (the first {ACTORS_SHOWN} of {len(spent)})" if len(spent) > ACTORS_SHOWN else ""
+        _print_table(console, f"the last step{left_out}", ["who", "spent its time with"], spent[:ACTORS_SHOWN])
 
 
 def _print_waits(console: Console, waits: Sequence[LiveWait], num_waits: int) -> None:

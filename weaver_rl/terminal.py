@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import Protocol, Self
@@ -14,6 +14,7 @@ from rich.console import Console, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from weaver_rl.ledger import LedgerRow
 from weaver_rl.terminal_panel import Progress, draw_panel, step_line
 
 SECONDS_BETWEEN_LINES = 1.0
@@ -44,7 +45,14 @@ class LiveView(Protocol):
     ) -> None: ...
 
 
-def make_view(console: Console, title: str = "weaver-rl") -> LiveView:
+class RunView(LiveView, Protocol):
+    """What the whole program tells about the run: the controller and who watches its actors."""
+
+    def ledger(self, rows: Sequence[LedgerRow]) -> None:
+        """Where the actors' time of one or several steps went."""
+
+
+def make_view(console: Console, title: str = "weaver-rl") -> RunView:
     """The live panel when the console is a terminal, else log lines."""
     return LivePanel(console, title) if console.is_terminal else LogLines(console)
 
@@ -96,6 +104,9 @@ class LivePanel:
     def evaluation(self, accuracy: float, step: int) -> None:
         self._progress = self._progress.after_evaluation(accuracy, step)
 
+    def ledger(self, rows: Sequence[LedgerRow]) -> None:
+        self._progress = self._progress.after_ledger(rows)
+
     def waiting(self, reason: str | None) -> None:
         self._progress = self._progress.while_waiting(reason, self._clock())
 
@@ -137,6 +148,9 @@ class LogLines:
     def evaluation(self, accuracy: float, step: int) -> None:
         self._progress = self._progress.after_evaluation(accuracy, step)
         self._print(f"{self._progress.phase} step {step} | eval accuracy {accuracy:.3f}")
+
+    def ledger(self, rows: Sequence[LedgerRow]) -> None:
+        """Nothing: a line has the stages already, and ledger.jsonl all of it."""
 
     def waiting(self, reason: str | None) -> None:
         """Nothing: waits are short, and the stall watch tells those that are not, with their cause."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 
@@ -12,6 +12,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from weaver_rl.ledger import LedgerRow, in_words, shares
 from weaver_rl.metrics import STAGES
 
 _HISTORY = 120
@@ -44,6 +45,8 @@ class Progress:
     rewards: tuple[float, ...] = ()
     losses: tuple[float, ...] = ()
     accuracies: tuple[tuple[int, float], ...] = ()
+    spent: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    """The states of each role's actors in the last steps, with their shares of the time."""
     waiting: str | None = None
     waiting_since: float = 0.0
 
@@ -72,6 +75,7 @@ class Progress:
             started_at=now,
             last_at=now,
             accuracies=self.accuracies,
+            spent=self.spent,
         )
 
     def after_step(self, step: int, metrics: Mapping[str, float], now: float) -> Progress:
@@ -88,6 +92,9 @@ class Progress:
 
     def after_evaluation(self, accuracy: float, step: int) -> Progress:
         return replace(self, accuracies=(*self.accuracies, (step, accuracy))[-_HISTORY:])
+
+    def after_ledger(self, rows: Sequence[LedgerRow]) -> Progress:
+        return replace(self, spent=shares(rows, lambda row: row.role))
 
     def while_waiting(self, reason: str | None, now: float) -> Progress:
         return self if reason == self.waiting else replace(self, waiting=reason, waiting_since=now)
@@ -124,6 +131,8 @@ def draw_panel(progress: Progress, title: str, now: float, width: int) -> Render
     rows.append(_figures(progress, inner))
     if shares := stage_shares(progress.metrics):
         rows += [Text(), _stage_bar(shares, inner), _stage_legend(shares, progress.metrics, inner)]
+    if progress.spent:
+        rows += [Text(), _spent(progress.spent)]
     if progress.waiting is not None:
         waited = duration(now - progress.waiting_since)
         rows += [
@@ -241,6 +250,15 @@ def _stage_legend(shares: list[tuple[str, float]], metrics: Mapping[str, float],
         else:
             lines.append(entry)
     return Group(*lines)
+
+
+def _spent(by_role: Mapping[str, Mapping[str, float]]) -> RenderableType:
+    grid = Table.grid(expand=True, padding=(0, 2, 0, 0))
+    grid.add_column(style="bright_black", no_wrap=True, width=10)
+    grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+    for role, states in by_role.items():
+        grid.add_row(role, Text(in_words(states)))
+    return grid
 
 
 def _step_seconds(metrics: Mapping[str, float]) -> float:

@@ -14,6 +14,7 @@ import psutil
 import pytest
 from conftest import run
 from fault_parts import FAULTY, FIRST_STEP, HALF_CPUS, LONG, Gate, GoingRun, going, gone, kill
+from ledger_parts import check_ledger
 from safetensors.numpy import load_file
 
 from actors.cluster import SESSION_PREFIX, _lock_session, _remove_abandoned_sessions
@@ -46,6 +47,7 @@ def ends_clean(it: GoingRun, num_steps: int) -> AuditReport:
     assert report.state == "finished"
     assert report.last_step == FIRST_STEP + num_steps - 1
     assert report.num_trained + sum(report.dropped.values()) == PROMPTS_PER_STEP * num_steps
+    check_ledger(it.folder, "controller")
     return report
 
 

@@ -11,15 +11,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REPOSITORY, TINY, run, run_until
+from ledger_parts import check_ledger, check_trace
+from object_store import BUCKET, s3_server
 from safetensors.numpy import load_file
 
 from weaver_rl.metrics import MetricsLine, deterministic_part, read_metrics
 from weaver_rl.rollout_files import RecordedRollout, read_rollouts
 from weaver_rl.run_folder import RunFolder
+from weaver_rl.run_location import staging_folder
+from weaver_rl.span_files import find_span_files
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 LAST_STEP = 9
+ACTORS = ("controller", "learner rank 0", "sampler 0", "reward worker 0", "reward worker 1")
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +70,38 @@ def test_rollouts_hold_what_was_sampled_and_trained(finished: RunFolder) -> None
     assert len(set(seeds)) == len(seeds)
 
 
+def test_the_ledger_adds_up_for_every_step_and_actor(finished: RunFolder) -> None:
+    rows = check_ledger(finished, *ACTORS)
+    for step in range(1, LAST_STEP + 1):
+        assert rows[step, "learner rank 0"].seconds["learn"] > 0
+        assert rows[step, "learner rank 0"].seconds.get("wait for controller", 0.0) >= 0
+    for step in range(4, LAST_STEP + 1):
+        sampler, learner = rows[step, "sampler 0"].seconds, rows[step, "learner rank 0"].seconds
+        assert sampler["generate"] > 0
+        assert sampler["wait for learner"] > 0
+        assert learner["wait for samplers"] > 0
+        assert min(whose["sync"] for whose in (sampler, learner)) > 0
+        assert min(whose["probe"] for whose in (sampler, learner)) > 0
+        assert sum(rows[step, f"reward worker {number}"].seconds.get("score", 0.0) for number in range(2)) > 0
+    assert rows[6, "learner rank 0"].seconds["checkpoint"] > 0
+
+
+def test_every_actor_has_spans_and_they_make_a_trace(finished: RunFolder, tmp_path: Path) -> None:
+    names = {
+        actor.actor: {recorded.span.name for recorded in actor.read()} for actor in find_span_files(finished.spans)
+    }
+    assert names.keys() == set(ACTORS)
+    assert {"controller/step", "controller/sample", "controller/write_rollouts"} <= names["controller"]
+    assert {"learner/start", "learner/forward_backward", "learner/optim_step", "learner/save"} <= names[ACTORS[1]]
+    assert {"sampler/start", "sampler/generate", "sampler/load_weights", "sampler/prompt_logprobs"} <= names[ACTORS[2]]
+    assert all({"reward/start", "reward/score", "reward/queue"} <= names[actor] for actor in ACTORS[3:])
+    path = tmp_path / "trace.json.gz"
+    ended = run("trace", str(finished.path), "--out", str(path))
+    assert ended.status == 0, ended.output
+    events = check_trace(path)
+    assert {event["args"]["name"] for event in events if event["name"] == "process_name"} == set(ACTORS)
+
+
 def test_the_policy_loads_in_transformers_and_plain_vllm_alike(finished: RunFolder) -> None:
     script = REPOSITORY / "tests" / "ray" / "compare_policy.py"
     done = subprocess.run(
@@ -96,6 +133,7 @@ def test_interrupted_twice_and_resumed_equals_uninterrupted(finished: RunFolder,
         assert number.name in (status.reason or "")
     resumed = run("train", str(TINY), f"run_dir={folder.path}", "--resume")
     assert resumed.status == 0, resumed.output
+    check_ledger(folder, *ACTORS)
     assert _comparable(folder) == _comparable(finished)
     assert _weights(folder).keys() == _weights(finished).keys()
     for name, tensor in _weights(finished).items():
@@ -170,3 +208,40 @@ def _identity(record: RecordedRollout) -> tuple[object, ...]:
         record.scored.reward,
         weights,
     )
+
+
+@pytest.mark.usefixtures("nothing_left_behind")
+def test_a_run_in_an_object_store_goes_on_on_another_machine_and_equals_one_that_stayed(
+    finished: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = f"s3://{BUCKET}/team/tiny"
+    with s3_server(monkeypatch) as store:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "first"))
+        staging = RunFolder(staging_folder(url))
+        stopped = run_until(
+            "train",
+            str(TINY),
+            f"run_dir={url}",
+            seen=lambda line: staging.metrics_file.exists() and staging.metrics_file.read_text().count("\n") >= 7,
+            number=signal.SIGTERM,
+        )
+        assert stopped.status == 130, stopped.output
+        assert not staging.path.exists()
+        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "second"))
+        again = run("train", str(TINY), f"run_dir={url}")
+        assert again.status == 2
+        assert f"error: run_dir: {url} already holds a run" in again.output
+        resumed = run("train", str(TINY), f"run_dir={url}", "--resume")
+        assert resumed.status == 0, resumed.output
+        assert f"policy: {url}/policy" in resumed.output
+        assert list((tmp_path / "second" / "weaver-rl" / "runs").iterdir()) == []
+        assert run("audit", url).status == 0
+        assert "finished" in run("status", url).output
+        store.invalidate_cache()
+        store.get(f"{BUCKET}/team/tiny/", f"{tmp_path}/run/", recursive=True)
+    folder = RunFolder(tmp_path / "run")
+    assert _comparable(folder) == _comparable(finished)
+    for name, tensor in _weights(finished).items():
+        np.testing.assert_array_equal(_weights(folder)[name], tensor, err_msg=name)
+    for ours, theirs in zip(read_rollouts(folder.path), read_rollouts(finished.path), strict=True):
+        assert _identity(ours) == _identity(theirs)

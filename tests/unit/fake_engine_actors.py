@@ -182,6 +182,7 @@ class FakeCluster:
         monkeypatch.setattr(module, "reserve", self._reserve)
         monkeypatch.setattr(module, "spawn_sampler", self._spawn)
         monkeypatch.setattr(module, "end_actor", self._end)
+        monkeypatch.setattr(module, "model_on", self._model_on)
         monkeypatch.setattr(module, "remove_placement_group", self.rooms.discard)
         monkeypatch.setattr(module, "RaySampler", FakeReplica)
         monkeypatch.setattr(module.ray, "cancel", lambda call: call.cancel())
@@ -202,6 +203,9 @@ class FakeCluster:
     def _spawn(self, *args: Any) -> FakeActor:
         self.actors.append(FakeActor(self, len(self.actors)))
         return self.actors[-1]
+
+    async def _model_on(self, actor: FakeActor, directory: Path, **_: Any) -> Path:
+        return directory
 
     async def _end(self, actor: FakeActor, *, kill: bool) -> None:
         await asyncio.sleep(0.0 if kill else 0.5)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
-from virtual_clock import run_virtually
 
 from weaver_rl.errors import ServiceError
+from weaver_rl.plan.virtual_loop import run_virtually
 from weaver_rl.service.config import OperationsConfig
 from weaver_rl.service.operation_work import Run
 from weaver_rl.service.operations import Operations

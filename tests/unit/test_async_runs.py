@@ -22,7 +22,6 @@ from fake_fleet import FakeRewardWorkers, FakeSamplers, FleetLog, LosableLearner
 from fakes import FakePrompts, FakeView, fake_logprob, make_config
 from hypothesis import HealthCheck, currently_in_test_context, event, given, settings
 from hypothesis import strategies as st
-from virtual_clock import VirtualLoop, run_virtually
 
 from weaver_rl import journal as journal_module
 from weaver_rl.audit import audit
@@ -31,6 +30,7 @@ from weaver_rl.controller import Controller, Crew
 from weaver_rl.errors import ActorFailedError, LearnerLostError, ResourcesError, WeaverRLError, WeightSyncError
 from weaver_rl.journal import Journal
 from weaver_rl.metrics import MetricsWriter, deterministic_part, read_metrics
+from weaver_rl.plan.virtual_loop import VirtualLoop, run_virtually
 from weaver_rl.reward_fleet import RewardFleet
 from weaver_rl.rollout_files import RecordedRollout, read_rollouts
 from weaver_rl.run_folder import RunFolder

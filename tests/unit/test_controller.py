@@ -16,9 +16,12 @@ from weaver_rl.config import RunConfig
 from weaver_rl.controller import Controller, Crew, RunSummary
 from weaver_rl.errors import CheckpointError, LogprobGapError, MissingRewardsError, WeightSyncError
 from weaver_rl.journal import Journal
+from weaver_rl.ledger import CONTROLLER, REWOUND
+from weaver_rl.ledger_keeper import LedgerKeeper
 from weaver_rl.metrics import METRICS, MetricsWriter, deterministic_part, find_metric, read_metrics
 from weaver_rl.rollout_files import read_rollouts, recorded_steps, write_rollouts
 from weaver_rl.run_folder import RunFolder
+from weaver_rl.spans import SpanBuffer, buffering, drain
 from weaver_rl.types import Rollout
 from weaver_rl.weights.probe import probe_token_ids
 from weaver_rl.weights.sync import WeightSync
@@ -527,3 +530,25 @@ def test_a_failing_reward_pool_ends_the_run_and_its_siblings(tmp_path: Path):
     with pytest.raises(RuntimeError, match="the pool is gone"):
         run.go()
     assert run.tasks_left == []
+
+
+def test_a_run_tells_its_steps_its_stages_and_that_it_went_back(tmp_path: Path):
+    with buffering(SpanBuffer()):
+        run = Run(tmp_path)
+        run.go()
+        told = drain()
+        run.go(resume=True)
+        (again,) = [span for span in drain().spans if span.name == REWOUND]
+    assert again.attributes["step"] == 6
+    keeper = LedgerKeeper(run.folder.ledger_file)
+    keeper.tell(CONTROLLER, CONTROLLER, told)
+    rows = keeper.write([], is_last=True)
+    lines = list(read_metrics(run.folder.metrics_file))
+    assert [(row.step, row.phase) for row in rows] == [(line.step, line.phase) for line in lines]
+    for row, line in zip(rows, lines, strict=True):
+        assert sum(row.seconds.values()) == pytest.approx(line.values["seconds/step"], abs=1e-3)
+        for state, stage in (("learner", "learn"), ("samplers", "sample"), ("sync", "sync"), ("checkpoint",) * 2):
+            waited = row.seconds.get(f"wait for {state}", 0.0)
+            assert waited == pytest.approx(line.values.get(f"seconds/{stage}", 0.0), abs=1e-3)
+    assert rows[0].seconds["wait for learner"] > 0
+    assert {"controller/prompts", "controller/write_rollouts"} <= {span.name for span in told.spans}

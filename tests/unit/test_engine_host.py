@@ -20,7 +20,6 @@ from fake_engine_actors import (
     version_of,
     whole,
 )
-from virtual_clock import run_virtually
 
 import actors.engine_host
 from actors.engine_host import RaySamplers
@@ -32,6 +31,7 @@ from weaver_rl.errors import (
     ModelError,
     ResourcesError,
 )
+from weaver_rl.plan.virtual_loop import run_virtually
 from weaver_rl.types import GroupSample
 
 pytestmark = pytest.mark.unit

@@ -10,6 +10,7 @@ from fake_engine import SAMPLING, WAIT_S, FakeEngine, Rig, ids, request
 
 from weaver_rl.engines.loop import EngineLoop
 from weaver_rl.errors import EngineError, EngineLostError
+from weaver_rl.spans import SpanBuffer, buffering
 
 pytestmark = pytest.mark.unit
 
@@ -253,3 +254,15 @@ def test_a_held_engine_makes_no_step_until_it_is_released(rig: Rig):
     assert not rig.loop.is_busy
     rig.loop.release().result(WAIT_S)
     assert ids(first + more) == ["a", "b"]
+
+
+def test_what_the_engine_does_is_told_also_while_a_step_lasts(rig: Rig):
+    with buffering(SpanBuffer()) as buffer:
+        futures = rig.hold("a")
+        (meanwhile,) = buffer.drain().spans
+        assert (meanwhile.name, meanwhile.track) == ("sampler/generate", "engine (states)")
+        rig.engine.gate.set()
+        assert ids(futures) == ["a"]
+        rig.loop.score((1, 2)).result(WAIT_S)
+        rig.loop.call(lambda engine: None).result(WAIT_S)
+        assert {span.name for span in buffer.drain().spans} == {"sampler/generate", "sampler/prompt_logprobs"}

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from fake_fleet import FakeRewardWorkers, FakeSamplers, FleetLog
 from fakes import FakePrompts, make_config
-from virtual_clock import run_virtually
 
 from weaver_rl.batch import ScoredGroup
 from weaver_rl.group_stream import Backlog, GroupStream
+from weaver_rl.plan.virtual_loop import run_virtually
 from weaver_rl.reward_fleet import RewardFleet
 from weaver_rl.sampler_fleet import SamplerFleet
 from weaver_rl.stage_clock import StageClock

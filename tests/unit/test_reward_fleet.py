@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator
 import pytest
 from fake_fleet import FakeRewardWorkers
 from fakes import make_completion
-from virtual_clock import run_virtually
 
 from weaver_rl.errors import ActorFailedError, RewardError
+from weaver_rl.plan.virtual_loop import run_virtually
 from weaver_rl.reward_fleet import MAX_FAILED_STARTS, MAX_TRIES, PAUSE_BEFORE_RETRY_S, RewardFleet
 from weaver_rl.types import Prompt, Rollout
 

@@ -97,11 +97,14 @@ def test_resume_of_nothing_is_refused(folder):
 def test_overwrite_removes_the_run_and_nothing_else(folder):
     finish(folder)
     (folder.rollouts / "step_000001.parquet").write_text("old")
-    folder.metrics_file.write_text("old")
+    folder.spans.mkdir()
+    (folder.spans / "sampler-0.jsonl").write_text("old")
+    for path in (folder.metrics_file, folder.ledger_file, folder.trace):
+        path.write_text("old")
     (folder.path / "notes.txt").write_text("mine")
     finish(folder, overwrite=True)
     assert list(folder.rollouts.iterdir()) == []
-    assert not folder.metrics_file.exists()
+    assert not any(path.exists() for path in (folder.metrics_file, folder.ledger_file, folder.trace, folder.spans))
     assert (folder.path / "notes.txt").read_text() == "mine"
 
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 from fake_fleet import FakeSampler, FakeSamplers, FleetLog, LosableLearner
-from virtual_clock import run_virtually
 
 from weaver_rl.errors import ActorFailedError, ConfigError, EngineError, ResourcesError
+from weaver_rl.plan.virtual_loop import run_virtually
 from weaver_rl.rollout import SamplingConfig
 from weaver_rl.sampler_fleet import MAX_FAILED_STARTS, MAX_ISSUES, SamplerFleet
 from weaver_rl.types import GroupSample, PublishedWeights, SampleRequest

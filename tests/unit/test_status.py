@@ -102,6 +102,16 @@ def test_a_run_that_goes_on_shows_its_step_its_chain_its_samplers_and_its_waits(
     assert ["controller", "groups", "50", "s", "–"] in table
 
 
+def test_where_the_time_of_the_last_step_went(folder, holder):
+    ledger = {f"sampler {i}": {"generate": 0.71, "wait for learner": 0.286, "sync": 0.004} for i in range(30)}
+    live_state(folder, facts={"step": 8, "ledger": ledger}).write(folder.live_file)
+    text, _ = shown(folder)
+    assert "the last step (the first 20 of 30)" in text
+    assert "sampler 19  generate 71%  wait for learner 29%" in text
+    assert "sampler 20" not in text
+    assert "ledger" not in text
+
+
 def test_many_waits_are_cut_and_counted(folder, holder):
     waits = tuple(LiveWait(owner=f"sampler {i}", what="generating", seconds=i, timeout_s=None) for i in range(40))
     live_state(folder, waits=waits, num_waits=4000).write(folder.live_file)

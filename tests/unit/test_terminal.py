@@ -6,6 +6,7 @@ import logging
 import pytest
 from rich.console import Console
 
+from weaver_rl.ledger import LedgerRow
 from weaver_rl.terminal import LivePanel, LogLines, make_view, notes
 from weaver_rl.terminal_panel import Progress, sparkline, stage_shares
 
@@ -57,9 +58,20 @@ def test_the_panel_shows_everything_and_fits(width):
         clock.now += 2
         view.step(step, METRICS)
     view.evaluation(0.83, 320)
+    view.ledger(
+        [
+            LedgerRow(step=324, phase="train", actor="sampler 0", role="sampler", seconds={"generate": 2.0}),
+            LedgerRow(
+                step=324, phase="train", actor="sampler 1", role="sampler", seconds={"generate": 1.0, "sync": 1.0}
+            ),
+            LedgerRow(step=324, phase="train", actor="learner rank 0", role="learner", seconds={"learn": 2.0}),
+        ]
+    )
     view.waiting("sampler-0 to load weights v24")
     clock.now += 3
     text = panel_text(view, width)
+    assert "sampler     generate 75%  sync 25%" in text
+    assert "learner     learn 100%" in text
     for word in ("train", "24/60 · 0:51 · eta 1:12", "0.755", "-0.0126", "1,834", "0.830", "from 0.410", "max 0"):
         assert word in text
     for word in (

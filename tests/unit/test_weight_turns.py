@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from virtual_clock import run_virtually
 
 from weaver_rl.errors import EngineLostError
+from weaver_rl.plan.virtual_loop import run_virtually
 from weaver_rl.service.weight_turns import WeightTurns
 
 pytestmark = pytest.mark.unit

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
-from weaver_rl.commands.arguments import AddressOption, ConfigArgument, OverridesArgument, RunArgument
+from weaver_rl.commands.arguments import (
+    AddressOption,
+    ConfigArgument,
+    LiveRunArgument,
+    OverridesArgument,
+    RunArgument,
+    SmallRunArgument,
+    WholeRunArgument,
+)
 
 
 def train(
@@ -22,16 +31,18 @@ def train(
 ) -> None:
     """Run a configuration to its end."""
     from weaver_rl.config import load_config
+    from weaver_rl.local_clusters import show_token_of
 
     extra = [f"cluster.address={address}"] if address is not None else []
     loaded = load_config(config, [*(overrides or []), *extra])
+    show_token_of(loaded.cluster.address or os.environ.get("RAY_ADDRESS"))
 
     from actors.launch import train as launch
     from weaver_rl.outcome import print_outcome
 
     console = Console()
     outcome = launch(loaded, resume=resume, overwrite=overwrite, console=console)
-    print_outcome(console, loaded.folder, outcome.summary, outcome.wall_seconds)
+    print_outcome(console, loaded.place, outcome.summary, outcome.wall_seconds)
 
 
 def show(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
@@ -41,7 +52,7 @@ def show(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     sys.stdout.write(dump_config(load_config(config, overrides or [])))
 
 
-def status(run: RunArgument) -> None:
+def status(run: SmallRunArgument) -> None:
     """Show how a run stands: its step, what it waits for and why, its samplers."""
     from weaver_rl.status import print_status
 
@@ -57,7 +68,8 @@ def audit(run: RunArgument) -> None:
 
 
 def replay(
-    run: RunArgument, step: Annotated[int, typer.Option(min=1, help="The step to compute again.", show_default=False)]
+    run: WholeRunArgument,
+    step: Annotated[int, typer.Option(min=1, help="The step to compute again.", show_default=False)],
 ) -> None:
     """Compute a recorded step again from its stored rollouts; exit status 1 if loss or gradient differ by a bit."""
     from actors.replay import replay as again
@@ -66,7 +78,8 @@ def replay(
 
 
 def scale(
-    run: RunArgument, samplers: Annotated[int, typer.Option(min=1, help="How many it shall have.", show_default=False)]
+    run: LiveRunArgument,
+    samplers: Annotated[int, typer.Option(min=1, help="How many it shall have.", show_default=False)],
 ) -> None:
     """Add samplers to a running run, or let some leave."""
     from weaver_rl.run_folder import RunFolder

@@ -18,6 +18,7 @@ from typing import Any, Literal, Protocol, TypeVar, get_args
 
 from weaver_rl.errors import EngineError, EngineLostError
 from weaver_rl.rollout import SamplingConfig
+from weaver_rl.spans import lasting
 from weaver_rl.types import Adapter, Float32Array, GroupSample, SampleRequest
 
 log = logging.getLogger(__name__)
@@ -268,7 +269,8 @@ class EngineLoop:
             while not self._closed:
                 self._run_commands()
                 if self._may_step() and not self._closed:
-                    self._step()
+                    with lasting("sampler/generate" if self._groups else "sampler/prompt_logprobs"):
+                        self._step()
         except BaseException as error:  # boundary: who waits is told, and `is_closed` says it to whoever asks
             log.exception("%s: the thread of the engine ended", self._engine.name)
             end = f"ended: {type(error).__name__}: {error}"

@@ -28,8 +28,8 @@ def make_once(directory: Path, source: Mapping[str, Any], make: Callable[[Path],
         try:
             make(aside)
             aside.chmod(0o755)
-            for file in aside.iterdir():
-                file.chmod(0o644)
+            for file in aside.rglob("*"):
+                file.chmod(0o755 if file.is_dir() else 0o644)
             (aside / MARKER).write_text(json.dumps(source, indent=2, sort_keys=True) + "\n")
             if directory.exists():
                 shutil.rmtree(directory)

@@ -22,6 +22,7 @@ from weaver_rl.rewards.config import RewardSpec, RewardWorkersConfig, check_labe
 from weaver_rl.rewards.messages import Answer, CallMode, JobDone, Ready, Refused, ScoreJob, StartWorker
 from weaver_rl.rewards.process import OnOutput, OverdueError, WorkerDiedError, WorkerProcess
 from weaver_rl.rewards.values import describe_exception
+from weaver_rl.spans import now, record, span
 from weaver_rl.types import RewardComponent, Rollout
 
 # The worker ends overdue coroutines itself; only a loop that no longer turns needs the parent.
@@ -97,7 +98,7 @@ class RewardWorker:
         abandoned = threading.Event()
         loop = asyncio.get_running_loop()
         try:
-            return await loop.run_in_executor(self._thread, self._score, tuple(rollouts), abandoned)
+            return await loop.run_in_executor(self._thread, self._score, tuple(rollouts), abandoned, now())
         except asyncio.CancelledError:
             abandoned.set()
             self._kill_now()
@@ -130,8 +131,9 @@ class RewardWorker:
     # What follows runs in the worker's thread, but for _kill_now.
 
     def _score(
-        self, rollouts: tuple[Rollout, ...], abandoned: threading.Event
+        self, rollouts: tuple[Rollout, ...], abandoned: threading.Event, asked_s: float
     ) -> tuple[tuple[RewardComponent, ...], ...]:
+        record("reward/queue", asked_s, now(), track="queue", rollouts=len(rollouts))
         pickled = [_pickled(rollout) for rollout in rollouts]
         columns = [self._score_component(index, pickled, abandoned) for index in range(len(self._specs))]
         return tuple(tuple(column[row] for column in columns) for row in range(len(rollouts)))
@@ -140,6 +142,12 @@ class RewardWorker:
         self, component: int, pickled: Sequence[bytes | str], abandoned: threading.Event
     ) -> list[RewardComponent]:
         name = self._specs[component].component_name
+        with span("reward/score", reward=name, rollouts=len(pickled)):
+            return self._answers(component, name, pickled, abandoned)
+
+    def _answers(
+        self, component: int, name: str, pickled: Sequence[bytes | str], abandoned: threading.Event
+    ) -> list[RewardComponent]:
         done = {
             i: RewardComponent(name=name, value=None, missing=it) for i, it in enumerate(pickled) if isinstance(it, str)
         }

@@ -138,6 +138,8 @@ class RetentionConfig(Section):
 class ServeConfig(Section):
     """A whole server, one file."""
 
+    name: str = Field(default="weaver", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Names the server in its metrics."""
     state_dir: Path = Path("weaver_state")
     """Database, checkpoints and artifacts; absolute, or under the working directory. Every node must see it."""
     database: str | None = None

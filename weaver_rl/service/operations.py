@@ -20,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
 from weaver_rl.errors import ServiceError
+from weaver_rl.meter import Meter, NoMeter
 from weaver_rl.service.config import OperationsConfig
 from weaver_rl.service.model_queue import ModelQueue, Turn
 from weaver_rl.service.operation_failures import Failure
@@ -82,13 +83,21 @@ class Operations:
             ended = await operations.wait(owner, operation.id, timeout_s=20.0)
     """
 
-    def __init__(self, store: OperationStore, config: OperationsConfig, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self,
+        store: OperationStore,
+        config: OperationsConfig,
+        clock: Callable[[], float] = time.time,
+        meter: Meter | None = None,
+    ) -> None:
+        self._meter = meter if meter is not None else NoMeter()
         self._store = store
         self._config = config
         self._clock = clock
         self._entries: dict[str, _Entry] = {}
         self._by_place: dict[tuple[str, int], _Entry] = {}
         self._queues: dict[str, ModelQueue] = {}
+        self._bases: dict[ModelQueue, str] = {}
         self._opening: dict[tuple[str, str], asyncio.Task[ModelQueue]] = {}
         self._receiving: Counter[tuple[str, str]] = Counter()
         self._in_flight: Counter[str] = Counter()
@@ -186,6 +195,15 @@ class Operations:
         """How many of the owner's operations have not ended."""
         return self._in_flight[owner]
 
+    def by_kind(self) -> Counter[str]:
+        """How many have not ended."""
+        return Counter(entry.operation.kind for entry in self._entries.values())
+
+    def by_base_model(self) -> Counter[str]:
+        """How many of models have not ended, by the base of the model."""
+        queues = (entry.queue for entry in self._entries.values() if entry.queue is not None)
+        return Counter(self._bases[queue] for queue in queues if queue in self._bases)
+
     # -- ends ------------------------------------------------------------------------------------------------------
 
     async def cancel_model(self, model_id: str, code: str, message: str, *, cancel_running: bool = False) -> None:
@@ -209,6 +227,7 @@ class Operations:
         finally:
             if self._queues.get(model_id) is queue:
                 del self._queues[model_id]
+            self._bases.pop(queue, None)
 
     async def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
         """Takes nothing more, waits `timeout_s` for what runs, and lets everybody go who waits.
@@ -257,6 +276,7 @@ class Operations:
             is_receiving=lambda: (owner, model_id) in self._receiving,
         )
         self._queues[model_id] = queue
+        self._bases[queue] = model.base_model
         return queue
 
     def _tell_receiving(self, model_id: str) -> None:
@@ -345,6 +365,10 @@ class Operations:
 
     async def _record(self, entry: _Entry, ended: Operation) -> None:
         """Commits its end, then lets everybody know. While the database refuses it, it is answered from memory."""
+        self._meter.add("weaver_rl_service_operations_total", 1, kind=ended.kind, status=ended.status)
+        if ended.finished_at is not None:
+            seconds = ended.finished_at - ended.created_at
+            self._meter.observe("weaver_rl_service_operation_seconds", seconds, kind=ended.kind)
         while True:
             try:
                 await self._store.finish_operation(ended)

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Literal
 
 from weaver_rl.errors import EngineError, ServiceError
+from weaver_rl.meter import Meter, NoMeter
 from weaver_rl.rollout import SamplingConfig
 from weaver_rl.service.calls import LineupModel, NewSamplingSession, SampleCall
 from weaver_rl.service.operations import Operations
@@ -32,6 +33,7 @@ class Sampling:
     Args:
         idle_s: a session that was not used for so long has ended.
         clock: seconds since the epoch.
+        meter: counts tokens.
     """
 
     def __init__(
@@ -44,7 +46,9 @@ class Sampling:
         *,
         idle_s: float,
         clock: Callable[[], float] = time.time,
+        meter: Meter | None = None,
     ) -> None:
+        self._meter = meter if meter is not None else NoMeter()
         self._store = store
         self._operations = operations
         self._samplers = samplers
@@ -153,6 +157,8 @@ class Sampling:
         async def work() -> Result:
             async with self._still_there(session):
                 group = await self._samplers.sample(weights, request, sampling)
+            num_tokens = sum(len(completion.token_ids_L) for completion in group.completions_G)
+            self._meter.add("weaver_rl_service_sampled_tokens_total", num_tokens, base_model=weights.base_model)
             return SampleResult(
                 group=group,
                 num_prompt_tokens=len(call.token_ids),

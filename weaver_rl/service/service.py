@@ -18,6 +18,7 @@ from typing import Any, Self
 
 from weaver_rl import __version__
 from weaver_rl.errors import ActorFailedError, ResourcesError, ServiceError
+from weaver_rl.meter import Meter, NoMeter
 from weaver_rl.service.calls import (
     LineupModel,
     NewModel,
@@ -43,6 +44,7 @@ from weaver_rl.service.records import (
 from weaver_rl.service.results import Render
 from weaver_rl.service.roles import Learners, PauseMode, Samplers
 from weaver_rl.service.sampling import Sampling, own_number, unknown_base_model
+from weaver_rl.service.service_meter import SessionMetrics
 from weaver_rl.service.state_files import StateFiles
 from weaver_rl.service.store import Store
 from weaver_rl.service.sweeper import Sweeper
@@ -63,6 +65,7 @@ class Service:
     Args:
         lineup: the base models, by name.
         clock: seconds since the epoch.
+        meter: counts tokens, and shows what clients measure.
     """
 
     def __init__(
@@ -76,14 +79,17 @@ class Service:
         samplers: Samplers,
         lineup: Mapping[str, LineupModel],
         clock: Callable[[], float] = time.time,
+        meter: Meter | None = None,
     ) -> None:
+        meter = meter if meter is not None else NoMeter()
+        self._session_metrics = SessionMetrics(meter)
         self._config = config
         self._store = store
         self._operations = operations
         self._lineup = dict(lineup)
         self._clock = clock
         self._weights = Weights(store, files, clock)
-        self._training = Training(store, operations, learners, self._weights, clock)
+        self._training = Training(store, operations, learners, self._weights, clock, meter)
         self._sampling = Sampling(
             store,
             operations,
@@ -92,6 +98,7 @@ class Service:
             self._lineup,
             idle_s=config.retention.sampling_session_idle_s,
             clock=clock,
+            meter=meter,
         )
         self._endings = Endings(operations, learners, samplers)
         self._sweeper = Sweeper(config, store, files, samplers, self._endings, clock)
@@ -145,6 +152,7 @@ class Service:
     async def add_metrics(self, owner: str, session_id: str, metrics: Sequence[SessionMetric]) -> None:
         await self.session(owner, session_id)
         await self._store.add_metrics(metrics)
+        self._session_metrics.add(metrics)
 
     # -- models ----------------------------------------------------------------------------------------------------
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from weaver_rl.errors import ServiceError
+from weaver_rl.meter import Meter, NoMeter
 from weaver_rl.service.calls import TrainingCall
 from weaver_rl.service.model_states import ModelStates
 from weaver_rl.service.operations import Operations
@@ -51,6 +52,7 @@ class Training:
 
     Args:
         clock: seconds since the epoch.
+        meter: counts tokens and steps.
     """
 
     def __init__(
@@ -60,7 +62,9 @@ class Training:
         learners: Learners,
         weights: Weights,
         clock: Callable[[], float] = time.time,
+        meter: Meter | None = None,
     ) -> None:
+        self._meter = meter if meter is not None else NoMeter()
         self._operations = operations
         self._learners = learners
         self._weights = weights
@@ -86,6 +90,7 @@ class Training:
             _check_lengths(model, call)
             async with self._states.in_learner(model, changes=True) as learner:
                 output = await learner.forward_backward(call.request.data, loss, call.request.temperature)
+            self._meter.add("weaver_rl_service_trained_tokens_total", output.num_tokens, base_model=model.base_model)
             metrics = {
                 "loss": output.loss,
                 "tokens": float(output.num_tokens),
@@ -102,6 +107,7 @@ class Training:
                 num_steps = (await self._states.current(model)).num_steps + 1
                 output = await learner.optim_step(params)
                 await self._states.record(model, num_steps=num_steps)
+            self._meter.add("weaver_rl_service_weight_versions_total", 1, base_model=model.base_model)
             metrics = {"grad_norm": output.grad_norm, "learning_rate": output.learning_rate}
             return OptimResult(num_steps=num_steps, metrics=metrics)
 

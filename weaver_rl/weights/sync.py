@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from weaver_rl.errors import WeightSyncError
 from weaver_rl.roles import LearnerGroup, SamplerPool, SamplerReplica
+from weaver_rl.spans import span
 from weaver_rl.types import PublishedWeights
 from weaver_rl.weights.probe import ProbeAnswers, ProbeResult, compare, is_stale, probe_datum
 
@@ -55,7 +56,8 @@ class WeightSync:
 
         One that agreed at an earlier version is replaced instead: its engine is at fault, not the configuration.
         """
-        await self._samplers.ready()
+        with span("controller/samplers_ready"):
+            await self._samplers.ready()
         async with self._lock:
             weights = await self._learner.publish_weights(version)
             asked = tuple(self._samplers.names)

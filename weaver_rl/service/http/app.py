@@ -14,6 +14,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.responses import Response
 
 from weaver_rl import __version__
+from weaver_rl.meter import Meter
 from weaver_rl.service.config import ServeConfig
 from weaver_rl.service.http import (
     routes_checkpoints,
@@ -60,12 +61,18 @@ class HealthAnswer(Answer):
 
 
 def create_app(
-    service: WeaverService, config: ServeConfig, keys: ApiKeys, *, download_secret: bytes | None = None
+    service: WeaverService,
+    config: ServeConfig,
+    keys: ApiKeys,
+    *,
+    download_secret: bytes | None = None,
+    meter: Meter | None = None,
 ) -> FastAPI:
     """The whole HTTP face of a service.
 
     Args:
         download_secret: what download links are signed with; None: kept in `config.state_dir`, made if need be.
+        meter: counts requests.
 
     Raises:
         ConfigError: without keys the host must be one that only this machine reaches.
@@ -94,7 +101,7 @@ def create_app(
         redirect_slashes=False,
     )
     app.state.face = face
-    app.add_middleware(Gate, keys=keys, rate=RequestRate(config.limits), http=config.http)
+    app.add_middleware(Gate, keys=keys, rate=RequestRate(config.limits), http=config.http, meter=meter)
     add_error_handlers(app)
     needs_key = [Security(APIKeyHeader(name=KEY_HEADER, auto_error=False))] if keys else []
     for module in (

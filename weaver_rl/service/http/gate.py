@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import uuid
 from urllib.parse import urlsplit
 
@@ -10,6 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from weaver_rl.errors import ServiceError
+from weaver_rl.meter import Meter, NoMeter
 from weaver_rl.service.config import HttpConfig, is_loopback
 from weaver_rl.service.http.auth import KEY_HEADER, ApiKeys
 from weaver_rl.service.http.errors import error_response
@@ -18,14 +20,18 @@ from weaver_rl.service.http.limits import BodyBudget, RequestRate
 DOWNLOADS = "/api/v1/downloads/"
 """Where files are fetched, by signed address and without a key."""
 PUBLIC = ("/health", "/openapi.json")
+METHODS = ("GET", "POST", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS")
 
 logger = logging.getLogger(__name__)
 
 
 class Gate:
-    """ASGI middleware: refuses before the body is read, and turns what nobody foresaw into a 500."""
+    """ASGI middleware: refuses before the body is read, turns what nobody foresaw into a 500, and counts it all."""
 
-    def __init__(self, app: ASGIApp, *, keys: ApiKeys, rate: RequestRate, http: HttpConfig) -> None:
+    def __init__(
+        self, app: ASGIApp, *, keys: ApiKeys, rate: RequestRate, http: HttpConfig, meter: Meter | None = None
+    ) -> None:
+        self._meter = meter if meter is not None else NoMeter()
         self._app = app
         self._keys = keys
         self._rate = rate
@@ -38,6 +44,21 @@ class Gate:
             await self._app(scope, receive, send)
             return
         exchange = _Exchange(scope, send)
+        began = time.monotonic()
+        try:
+            await self._exchanged(scope, receive, exchange)
+        finally:
+            self._count(scope, exchange, time.monotonic() - began)
+
+    def _count(self, scope: Scope, exchange: _Exchange, seconds: float) -> None:
+        """By the path as the route has it: what a client may write instead has no end."""
+        endpoint = getattr(scope.get("route"), "path", None) or "other"
+        method = scope["method"] if scope["method"] in METHODS else "other"
+        status = str(exchange.status) if exchange.status is not None else "none"
+        self._meter.add("weaver_rl_service_requests_total", 1, endpoint=endpoint, method=method, status=status)
+        self._meter.observe("weaver_rl_service_request_seconds", seconds, endpoint=endpoint, method=method)
+
+    async def _exchanged(self, scope: Scope, receive: Receive, exchange: _Exchange) -> None:
         try:
             self._admit(scope)
             with self._bodies.share() as scope["state"]["body_share"]:
@@ -88,12 +109,14 @@ class _Exchange:
     def __init__(self, scope: Scope, send: Send) -> None:
         self.request_id = str(uuid.uuid4())
         self.answered = False
+        self.status: int | None = None
         scope.setdefault("state", {})["request_id"] = self.request_id
         self._send = send
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.answered = True
+            self.status = message["status"]
             message.setdefault("headers", [])
             MutableHeaders(scope=message)["X-Request-ID"] = self.request_id
         await self._send(message)

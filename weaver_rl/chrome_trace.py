@@ -1,0 +1,186 @@
+"""A run's spans as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing. It knows files, not the run.
+
+Each actor is a process, each of its tracks a thread; a step's end is an instant event of all of them, and metrics of
+the steps are counters. Spans go from file to file one by one, however long the run was.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from weaver_rl.errors import ConfigError
+from weaver_rl.ledger import CONTROLLER, STEP
+from weaver_rl.metrics import read_metrics
+from weaver_rl.run_folder import RunFolder
+from weaver_rl.span_files import ActorSpans, RecordedSpan, find_span_files
+
+COUNTERS = ("reward/mean", "tokens_per_s", "lag/mean", "groups/in_flight")
+ORDER = (CONTROLLER, "learner", "sampler", "reward")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exported:
+    """What was written.
+
+    Example:
+        Exported(path=Path("runs/a/trace.json"), num_spans=1200, num_actors=4)
+    """
+
+    path: Path
+    num_spans: int
+    num_actors: int
+
+
+def export_trace(folder: RunFolder, path: Path, *, first_step: int | None, last_step: int | None) -> Exported:
+    """Writes the trace, compressed if the name ends with `.gz`.
+
+    Args:
+        first_step: spans that ended before it began are left out; None: from the beginning.
+        last_step: spans that began after its end are left out; None: to the end.
+
+    Raises:
+        ConfigError: the run has no spans, or no such step.
+    """
+    actors = sorted(find_span_files(folder.spans), key=_place)
+    if not actors:
+        raise ConfigError(f"{folder.path} has no spans: give the folder of a run that was started with this version")
+    begin_s, end_s = _between(folder, actors, first_step, last_step)
+    origin_s = max(begin_s, _origin(actors))
+    num_spans = 0
+    with _opened(path) as file:
+        file.write('{"displayTimeUnit": "ms", "otherData": ')
+        json.dump({"run": str(folder.path), "began_at_s": origin_s}, file)
+        file.write(', "traceEvents": [')
+        separator = "\n"
+        for event in _events(folder, actors, begin_s, end_s, origin_s):
+            file.write(separator + json.dumps(event))
+            num_spans += event["ph"] == "X"
+            separator = ",\n"
+        file.write("\n]}\n")
+    return Exported(path=path, num_spans=num_spans, num_actors=len(actors))
+
+
+def _place(actor: ActorSpans) -> tuple[int, int, str]:
+    number = actor.actor.rpartition(" ")[2]
+    role = ORDER.index(actor.role) if actor.role in ORDER else len(ORDER)
+    return role, int(number) if number.isdigit() else 0, actor.actor
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[IO[str]]:
+    """Written aside: a trace that was not finished is no trace."""
+    aside = path.with_name(f".{path.name}.writing")
+    try:
+        with gzip.open(aside, "wt") if path.name.endswith(".gz") else aside.open("w") as file:
+            yield file
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _origin(actors: list[ActorSpans]) -> float:
+    """Where the time of the trace begins: no span is before it."""
+    return min((recorded.span.begin_s for actor in actors for recorded in actor.read()), default=0.0)
+
+
+def _between(
+    folder: RunFolder, actors: list[ActorSpans], first_step: int | None, last_step: int | None
+) -> tuple[float, float]:
+    if first_step is None and last_step is None:
+        return float("-inf"), float("inf")
+    steps = [span for span in _steps(actors) if _is_between(int(span.attributes["step"]), first_step, last_step)]
+    if not steps:
+        known = [int(span.attributes["step"]) for span in _steps(actors)]
+        there = f"its spans are of steps {min(known)} to {max(known)}" if known else "its spans are of no step"
+        wanted = f"{first_step if first_step is not None else ''}:{last_step if last_step is not None else ''}"
+        raise ConfigError(f"--steps {wanted} was given and {folder.path} has none of these: {there}")
+    return min(span.begin_s for span in steps), max(span.end_s for span in steps)
+
+
+def _is_between(step: int, first: int | None, last: int | None) -> bool:
+    return (first is None or step >= first) and (last is None or step <= last)
+
+
+def _steps(actors: list[ActorSpans]) -> Iterator[Any]:
+    for actor in actors:
+        if actor.role == CONTROLLER:
+            yield from (recorded.span for recorded in actor.read() if recorded.span.name == STEP)
+
+
+def _events(
+    folder: RunFolder, actors: list[ActorSpans], begin_s: float, end_s: float, origin_s: float
+) -> Iterator[dict[str, Any]]:
+    counters = {line.step: line.values for line in read_metrics(folder.metrics_file)}
+    for number, actor in enumerate(actors, start=1):
+        yield _named("process_name", number, 0, name=actor.actor)
+        yield _named("process_sort_index", number, 0, sort_index=number)
+        tracks = _Tracks(number)
+        for recorded in actor.read():
+            span = recorded.span
+            if span.end_s < begin_s or span.begin_s > end_s:
+                continue
+            thread, new = tracks.of(recorded)
+            yield from new
+            yield _complete(recorded, number, thread, origin_s)
+            if span.name == STEP:
+                yield from _step_events(span.attributes, number, thread, (span.end_s - origin_s) * 1e6, counters)
+
+
+class _Tracks:
+    """The threads of one process of the trace: tracks, apart for every real process that played the actor."""
+
+    def __init__(self, process: int) -> None:
+        self._process = process
+        self._threads: dict[tuple[int, str], int] = {}
+
+    def of(self, recorded: RecordedSpan) -> tuple[int, list[dict[str, Any]]]:
+        """Its thread, and what must be said of it first."""
+        key = recorded.pid, recorded.span.track
+        if key in self._threads:
+            return self._threads[key], []
+        thread = self._threads[key] = len(self._threads) + 1
+        name = f"{recorded.span.track} (pid {recorded.pid})"
+        return thread, [
+            _named("thread_name", self._process, thread, name=name),
+            _named("thread_sort_index", self._process, thread, sort_index=thread),
+        ]
+
+
+def _complete(recorded: RecordedSpan, process: int, thread: int, origin_s: float) -> dict[str, Any]:
+    span = recorded.span
+    # Rounded alike at both ends: what nests stays nested.
+    begin, end = round((span.begin_s - origin_s) * 1e6), round((span.end_s - origin_s) * 1e6)
+    arguments: dict[str, Any] = {**span.attributes, "id": span.span_id}
+    if span.parent_id is not None:
+        arguments["parent"] = span.parent_id
+    return {
+        "ph": "X",
+        "name": span.name,
+        "cat": span.name.partition("/")[0],
+        "pid": process,
+        "tid": thread,
+        "ts": begin,
+        "dur": end - begin,
+        "args": arguments,
+    }
+
+
+def _step_events(
+    step: Mapping[str, Any], process: int, thread: int, at: float, counters: Mapping[int, Mapping[str, float]]
+) -> Iterator[dict[str, Any]]:
+    place = {"pid": process, "tid": thread, "ts": round(at)}
+    yield {"ph": "i", "name": f"step {step['step']}", "cat": "step", "s": "g", **place, "args": dict(step)}
+    values = counters.get(int(step["step"]), {})
+    for name in COUNTERS:
+        if name in values:
+            yield {"ph": "C", "name": name, "cat": "metrics", **place, "args": {"value": values[name]}}
+
+
+def _named(what: str, process: int, thread: int, **arguments: str | int) -> dict[str, Any]:
+    return {"ph": "M", "name": what, "pid": process, "tid": thread, "ts": 0, "args": arguments}

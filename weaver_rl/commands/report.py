@@ -1,0 +1,31 @@
+"""The command that writes a report of one run, or of several side by side."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from weaver_rl.commands.arguments import COPIES, RunsArgument
+
+
+def report(
+    runs: RunsArgument,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File to write; else report.html in the run folder, or here for several runs or a URL."),
+    ] = None,
+    steps: Annotated[str, typer.Option(help="Steps it is about: A:B, A:, :B or one.")] = ":",
+    max_rollouts: Annotated[int, typer.Option(min=1, help="Rollouts in it, over all runs.")] = 400,
+) -> None:
+    """Write a self-contained HTML page about runs: curves, where the time went, rollouts token by token."""
+    from weaver_rl.report import write_page
+    from weaver_rl.report.run_data import StepRange
+    from weaver_rl.run_folder import RunFolder
+
+    is_kept = len(runs) == 1 and runs[0] not in COPIES
+    path = out or (RunFolder(runs[0]).report if is_kept else Path("report.html"))
+    written = write_page(runs, path, steps=StepRange.parse(steps), max_rollouts=max_rollouts)
+    sys.stdout.write(f"report: {written} ({written.stat().st_size / 1e6:.1f} MB)\n")

@@ -1,0 +1,159 @@
+"""Who may write at a URL: a record there that its holder renews. It does not know what is written.
+
+Stores have no locks that every one of them offers, so two that ask in the same second may both believe for a moment:
+the one whose record was overwritten finds that out at its next renewal, and stops writing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from weaver_rl.errors import ConfigError, FilesError
+from weaver_rl.process_state import GONE, ZOMBIE, process_state, start_time
+from weaver_rl.remote_folder import RemoteFolder
+
+NAME = "lease.json"
+RENEW_EVERY_S = 10.0
+STALE_AFTER_S = 90.0
+"""Nobody who lives is silent for so long; clocks of two machines may differ by less than the difference."""
+SETTLE_S = 1.0
+BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeaseRecord:
+    """What is written at the URL.
+
+    Example:
+        LeaseRecord(holder="4f1c…", staging="9a2b…", host="node-1", machine="5d0e…", pid=4711, renewed_at=1767225600.0)
+    """
+
+    holder: str
+    """Of one process, and no other."""
+    staging: str
+    """Of the folder that this process works in: the one that has all that was ever written here."""
+    host: str
+    pid: int
+    machine: str
+    process_started_at: float | None = None
+    renewed_at: float
+    """Seconds since the epoch, by the holder's clock."""
+    is_released: bool = False
+
+    def is_held(self, now: float) -> bool:
+        """Whether its holder may still be at work."""
+        if self.is_released or now - self.renewed_at > STALE_AFTER_S:
+            return False
+        if self.machine != this_machine():
+            return True
+        return process_state(self.pid, self.process_started_at) not in (GONE, ZOMBIE)
+
+
+def this_machine() -> str:
+    """The same for processes that can see each other by their numbers; two containers may have one host name."""
+    machine = BOOT_ID.read_text().strip() if BOOT_ID.is_file() else socket.gethostname()
+    return f"{machine} {Path('/proc/self/ns/pid').readlink()}"
+
+
+class Lease:
+    """A held lease, renewed by a thread of its own until `release`.
+
+    Args:
+        staging: names the folder that the holder works in.
+    """
+
+    def __init__(
+        self,
+        remote: RemoteFolder,
+        staging: str,
+        *,
+        clock: Callable[[], float] = time.time,
+        settle_s: float = SETTLE_S,
+        renew_every_s: float = RENEW_EVERY_S,
+    ) -> None:
+        self._remote = remote
+        self._clock = clock
+        self._renew_every_s = renew_every_s
+        pid = os.getpid()
+        self._record = LeaseRecord(
+            holder=uuid.uuid4().hex,
+            staging=staging,
+            host=socket.gethostname(),
+            machine=this_machine(),
+            pid=pid,
+            process_started_at=start_time(pid),
+            renewed_at=clock(),
+        )
+        self._settle_s = settle_s
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
+        self.lost: str | None = None
+        """Why nothing more may be written; None: all is well."""
+
+    def take(self) -> LeaseRecord | None:
+        """Takes the lease; returns the record before it.
+
+        Raises:
+            ConfigError: another process holds it.
+        """
+        before = read_lease(self._remote)
+        if before is not None and before.is_held(self._clock()):
+            raise ConfigError(self._refusal(before))
+        self._write(is_released=False)
+        time.sleep(self._settle_s)
+        now = read_lease(self._remote)
+        if now is None or now.holder != self._record.holder:
+            raise ConfigError(self._refusal(now or self._record))
+        self._thread.start()
+        return before
+
+    def release(self) -> None:
+        """Lets others have it at once."""
+        self._ended.set()
+        if self._thread.is_alive():
+            self._thread.join(self._renew_every_s)
+        if self.lost is None:
+            self._write(is_released=True)
+
+    def _renew(self) -> None:
+        while not self._ended.wait(self._renew_every_s):
+            try:
+                now = read_lease(self._remote)
+                if now is not None and now.holder != self._record.holder:
+                    self.lost = f"process {now.pid} on {now.host} has taken over {self._remote.url}"
+                    return
+                self._write(is_released=False)
+            except FilesError:
+                continue  # the store is out of reach; who uploads says so
+
+    def _write(self, *, is_released: bool) -> None:
+        content = asdict(self._record) | {"renewed_at": self._clock(), "is_released": is_released}
+        self._remote.write(NAME, json.dumps(content, indent=2).encode() + b"\n")
+
+    def _refusal(self, record: LeaseRecord) -> str:
+        ago = max(0.0, self._clock() - record.renewed_at)
+        return (
+            f"run_dir: {self._remote.url} is in use by a live run (process {record.pid} on {record.host}, which said "
+            f"so {ago:.0f} s ago); wait for it, stop it, or give another `run_dir`. The claim of a process that was "
+            f"killed ends {STALE_AFTER_S:.0f} s after it last said so"
+        )
+
+
+def read_lease(remote: RemoteFolder) -> LeaseRecord | None:
+    """The record at the URL; None when there is none that can be read."""
+    content = remote.read(NAME)
+    try:
+        raw: dict[str, Any] = json.loads(content or b"null")
+        known = {item.name for item in fields(LeaseRecord)}
+        return LeaseRecord(**{key: value for key, value in raw.items() if key in known})
+    except (ValueError, TypeError, AttributeError):
+        return None

@@ -1,0 +1,161 @@
+"""Makes ledger.jsonl while a run goes on: a step's rows once every actor has told of it. It asks no actor.
+
+Produces rows in the order of the steps; waits for what actors tell; unblocked by that, by the end of an actor, or by
+`late_s`: then the time that one did not tell of is `unknown`.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from weaver_rl.ledger import (
+    AWAITED,
+    BUSY,
+    CONTROLLER,
+    REWOUND,
+    STEP,
+    ActorLife,
+    LedgerRow,
+    StepWindow,
+    ledger_rows,
+    read_ledger,
+)
+from weaver_rl.run_folder import write_atomically
+from weaver_rl.spans import Span, Spans, now
+
+LATE_S = 300.0
+
+_ROLES = (CONTROLLER, "learner", "sampler", "reward")
+
+
+@dataclass(slots=True)
+class _Told:
+    """What one process of an actor has told that may still be needed."""
+
+    actor: str
+    role: str
+    pid: int
+    begun_s: float
+    until_s: float
+    has_ended: bool = False
+    ended: list[Span] = field(default_factory=list)
+    lasting: tuple[Span, ...] = ()
+
+    def life(self) -> ActorLife:
+        return ActorLife(
+            actor=self.actor,
+            role=self.role,
+            begun_s=self.begun_s,
+            known_until_s=self.until_s,
+            has_ended=self.has_ended,
+            spans=(*self.ended, *self.lasting),
+        )
+
+
+class LedgerKeeper:
+    """Keeps the ledger of a run.
+
+    Args:
+        late_s: how long after its end a step waits for what actors have to tell.
+        clock: that of the spans.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        late_s: float = LATE_S,
+        clock: Callable[[], float] = now,
+    ) -> None:
+        self._path = path
+        self._late_s = late_s
+        self._clock = clock
+        self._told: dict[tuple[str, int], _Told] = {}
+        self._windows: deque[StepWindow] = deque()
+        self.last_rows: tuple[LedgerRow, ...] = ()
+        """Those of the newest step that is written."""
+
+    def tell(self, actor: str, role: str, drained: Spans) -> None:
+        """What an actor did, by the driver's clock."""
+        key = actor, drained.pid
+        if key not in self._told:
+            self._ended_before(actor, drained.begun_s)
+            self._told[key] = _Told(actor, role, drained.pid, drained.begun_s, drained.drained_at_s)
+        told = self._told[key]
+        told.until_s, told.has_ended = max(told.until_s, drained.drained_at_s), False
+        told.ended += [span for span in drained.spans if span.name in BUSY or span.name in AWAITED]
+        told.lasting = tuple(span for span in drained.lasting if span.name in BUSY or span.name in AWAITED)
+        if actor == CONTROLLER:
+            for span in drained.spans:
+                if span.name == STEP:
+                    self._windows.append(_window(span))
+                elif span.name == REWOUND:
+                    self._rewind(int(span.attributes["step"]))
+
+    def write(self, living: Collection[tuple[str, int | None]], *, is_last: bool = False) -> list[LedgerRow]:
+        """Writes the rows of every step that is complete, and returns them.
+
+        Args:
+            living: every actor that there is, with its process if it has told of itself.
+            is_last: nothing more will be told: all steps are written.
+        """
+        for key, told in self._told.items():
+            told.has_ended = told.has_ended or key not in living
+        is_waited_for = any(pid is None for _, pid in living)
+        written: list[LedgerRow] = []
+        while self._windows and (is_last or self._is_complete(self._windows[0], is_waited_for)):
+            window = self._windows.popleft()
+            rows = ledger_rows(window, [told.life() for told in sorted(self._told.values(), key=_place)])
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write("".join(row.to_json() for row in rows))
+            self.last_rows = tuple(rows)
+            written += rows
+            self._forget(window.end_s)
+        return written
+
+    def _is_complete(self, window: StepWindow, is_waited_for: bool) -> bool:
+        if self._clock() - window.end_s > self._late_s:
+            return True
+        return not is_waited_for and all(
+            told.has_ended or told.until_s >= window.end_s or told.begun_s >= window.end_s
+            for told in self._told.values()
+        )
+
+    def _rewind(self, step: int) -> None:
+        self._windows = deque(window for window in self._windows if window.step <= step)
+        truncate_ledger(self._path, step)
+
+    def _ended_before(self, actor: str, begun_s: float) -> None:
+        for told in self._told.values():
+            if told.actor == actor:
+                told.has_ended, told.until_s = True, min(told.until_s, begun_s)
+
+    def _forget(self, before_s: float) -> None:
+        for key, told in list(self._told.items()):
+            told.ended = [span for span in told.ended if span.end_s > before_s]
+            if told.has_ended and told.until_s <= before_s:
+                del self._told[key]
+
+
+def _place(told: _Told) -> tuple[int, int, str, float]:
+    """The controller, learner ranks, samplers, reward workers; each kind by number."""
+    number = told.actor.rpartition(" ")[2]
+    return _ROLES.index(told.role), int(number) if number.isdigit() else 0, told.actor, told.begun_s
+
+
+def truncate_ledger(path: Path, step: int) -> None:
+    """Forgets the rows of every step after `step`, and a line that a kill cut short."""
+    if path.exists():
+        write_atomically(path, "".join(row.to_json() for row in read_ledger(path) if row.step <= step))
+
+
+def _window(span: Span) -> StepWindow:
+    return StepWindow(
+        step=int(span.attributes["step"]),
+        phase=str(span.attributes["phase"]),
+        begin_s=span.begin_s,
+        end_s=span.end_s,
+    )

@@ -1,0 +1,202 @@
+"""A run whose folder is at a URL: brought here, kept there, and looked at from anywhere. It trains nothing.
+
+The run itself works in a staging folder of this machine and knows nothing of it; see `run_mirror` for what goes up.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from weaver_rl.errors import ConfigError, FilesError
+from weaver_rl.lease import NAME as LEASE_FILE
+from weaver_rl.lease import Lease, read_lease
+from weaver_rl.models.resolve import SCRATCH_DIRECTORY
+from weaver_rl.remote_folder import RemoteFolder
+from weaver_rl.run_folder import RunFolder
+from weaver_rl.run_location import is_url, staging_folder
+from weaver_rl.run_mirror import RunMirror, Stamp, download_checkpoint, download_run
+
+STAGING_ID = ".staging_id"
+LAST_UPLOAD_S = 900.0
+"""For what is left when the run has ended; more for what takes longer at `SLOWEST_BYTES_PER_S`."""
+SLOWEST_BYTES_PER_S = 5e6
+NOT_FOR_READERS = ("checkpoints", "policy", SCRATCH_DIRECTORY)
+_ROLLOUTS = re.compile(r"rollouts/step_(\d+)\.parquet")
+
+
+@contextlib.contextmanager
+def mirrored(
+    place: Path | str, folder: RunFolder, *, resume: bool, overwrite: bool, tell: Callable[[str], None]
+) -> Iterator[RunMirror | None]:
+    """Where `place` is a URL: it is this run's for the length of the block, and has everything after it.
+
+    The staging folder is gone then, unless its upload failed. For a path nothing happens.
+
+    Raises:
+        ConfigError: the URL cannot be used, is another run's, or holds a run and neither flag is given.
+        FilesError: the block succeeded and the upload did not.
+    """
+    if not isinstance(place, str):
+        yield None
+        return
+    remote = RemoteFolder(place)
+    is_new = not folder.path.exists()
+    lease = Lease(remote, _staging_id(folder.path))
+    try:
+        before = lease.take()
+    except BaseException as error:
+        if is_new:
+            _forget(folder)
+        if isinstance(error, FilesError):
+            raise ConfigError(f"run_dir: {error}") from error
+        raise
+    if before is not None and not before.is_released:
+        tell(f"{place} was held by process {before.pid} on {before.host}, which is dead or silent: taken over")
+    try:
+        sent = _begin(remote, folder, before.staging if before else None, resume, overwrite, tell)
+        mirror = RunMirror(folder, remote, lease, sent=sent, tell=tell)
+        mirror.start()
+    except BaseException:
+        with contextlib.suppress(FilesError):
+            lease.release()
+        if is_new:
+            _forget(folder)
+        raise
+    failed = True
+    try:
+        yield mirror
+        failed = False
+    finally:
+        _end(mirror, lease, folder, failed, tell)
+
+
+def _end(mirror: RunMirror, lease: Lease, folder: RunFolder, failed: bool, tell: Callable[[str], None]) -> None:
+    mirror.tell = tell  # the run's own display is gone by now
+    num_bytes = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
+    try:
+        mirror.close(LAST_UPLOAD_S + num_bytes / SLOWEST_BYTES_PER_S)
+        lease.release()
+    except FilesError as error:
+        if not failed:
+            raise
+        tell(str(error))  # the reason that the run failed for must not be hidden
+        return
+    shutil.rmtree(folder.path, ignore_errors=True)
+
+
+def _begin(
+    remote: RemoteFolder,
+    folder: RunFolder,
+    last_staging: str | None,
+    resume: bool,
+    overwrite: bool,
+    tell: Callable[[str], None],
+) -> dict[str, Stamp]:
+    """Makes staging folder and URL agree; returns the files that are the same in both."""
+    sizes = remote.sizes()
+    there = "run.json" in sizes or "metrics.jsonl" in sizes
+    if overwrite and not resume:
+        own = [name for name in sizes if folder.is_own(name) or name.split("/")[0] == SCRATCH_DIRECTORY]
+        # run.json last: what a crash leaves still says that it holds a run.
+        remote.remove(sorted(own, key=lambda name: name == folder.status_file.name))
+        _clear(folder.path)
+        return {}
+    if not resume:
+        if there:
+            raise ConfigError(
+                f"run_dir: {remote.url} already holds a run. Continue it with --resume, keep it by giving another "
+                "`run_dir`, or replace it with --overwrite"
+            )
+        _clear(folder.path)
+        return {}
+    if folder.holds_run() and (last_staging in (None, _staging_id(folder.path)) or not there):
+        tell(f"{folder.path} has what was not uploaded to {remote.url}; the run goes on from there")
+        return {}
+    if not there:
+        raise ConfigError(f"nothing to resume: {remote.url} holds no run. Leave out --resume to start one there")
+    _clear(folder.path)
+    # What a run that goes on reads or appends to. Not the rollouts, which it only adds to.
+    continued = (SCRATCH_DIRECTORY, folder.spans.name, folder.tracking.name)
+    wanted = [name for name in sizes if name != LEASE_FILE and ("/" not in name or name.split("/")[0] in continued)]
+    sent = download_run(remote, folder.path, wanted)
+    step = download_checkpoint(remote, folder.path, sizes, tell)
+    if step is not None:
+        # The run makes these again: what is truncated here is not known to be there.
+        remote.remove([name for name in sizes if (match := _ROLLOUTS.fullmatch(name)) and int(match[1]) > step])
+    return sent
+
+
+def _clear(staging: Path) -> None:
+    """Empties the staging folder but for what says which one it is."""
+    if RunFolder(staging).is_claimed():
+        raise ConfigError(f"run_dir: {staging}, which this run would work in, is in use by a live run; wait for it")
+    for path in staging.iterdir() if staging.is_dir() else ():
+        if path.name not in (STAGING_ID, ".lock"):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def _forget(folder: RunFolder) -> None:
+    """Removes a staging folder that was made for a run which then did not begin."""
+    if not folder.holds_run():
+        shutil.rmtree(folder.path, ignore_errors=True)
+
+
+def _staging_id(staging: Path) -> str:
+    """Names this staging folder, and no other one anywhere."""
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(FileExistsError), (staging / STAGING_ID).open("x") as file:
+            file.write(uuid.uuid4().hex)
+        return (staging / STAGING_ID).read_text()
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir: {staging}, which this run would work in, cannot be written ({error.strerror}); set "
+            "XDG_CACHE_HOME to a directory with room for the run's checkpoints"
+        ) from error
+
+
+@contextlib.contextmanager
+def run_to_read(run: str, *, small: bool = False, checkpoints: bool = False, live: bool = False) -> Iterator[Path]:
+    """A run folder to look at, whether it is given as a path or as a URL, whose files are downloaded for that.
+
+    A run that is live on this machine is given as it is.
+
+    Args:
+        small: without rollouts, spans and everything else in folders.
+        checkpoints: with them.
+        live: a copy will not do.
+    """
+    if not is_url(run):
+        yield Path(run)
+        return
+    staging = RunFolder(staging_folder(run))
+    if staging.is_claimed():
+        yield staging.path
+        return
+    if live:
+        raise ConfigError(f"no run of {run} is live on this machine; give this command on the machine of its driver")
+    remote = RemoteFolder(run)
+    sizes = remote.sizes()
+    if "run.json" not in sizes:
+        raise ConfigError(f"{run} holds no run")
+    skipped = ("policy",) if checkpoints else NOT_FOR_READERS
+    with tempfile.TemporaryDirectory(prefix="weaver-rl-run-") as name:
+        folder = RunFolder(Path(name))
+        wanted = [
+            file
+            for file in sizes
+            if file != LEASE_FILE and ("/" not in file if small else file.split("/")[0] not in skipped)
+        ]
+        download_run(remote, folder.path, wanted)
+        lease = read_lease(remote)
+        with contextlib.ExitStack() as stack:
+            if lease is not None and lease.is_held(time.time()):
+                stack.enter_context(folder.held())
+            yield folder.path

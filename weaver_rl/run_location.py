@@ -1,0 +1,41 @@
+"""Where a run's folder is: a directory, or the URL of a store that a directory of this machine is mirrored to.
+
+It opens neither.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import PlainValidator
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::|://)")
+
+
+def is_url(text: str) -> bool:
+    """Whether it names a place by a scheme: `s3://bucket/runs/x`, `file:///data/x`; a path does not."""
+    return _URL.match(text) is not None
+
+
+def staging_folder(url: str) -> Path:
+    """The directory of this machine in which a run works whose folder is at the URL."""
+    cache = os.environ.get("XDG_CACHE_HOME")
+    runs = (Path(cache) if cache else Path.home() / ".cache") / "weaver-rl" / "runs"
+    name = re.sub(r"[^A-Za-z0-9._-]", "_", url.rstrip("/").rpartition("/")[2])
+    return runs / f"{name}-{hashlib.sha256(url.rstrip('/').encode()).hexdigest()[:12]}"
+
+
+def _path_or_url(value: Any) -> Any:
+    if isinstance(value, str):
+        return value.rstrip("/") if is_url(value) else Path(value)
+    if value is None or isinstance(value, Path):
+        return value
+    raise ValueError(f"seen {value!r}; a path is needed, or a URL such as s3://bucket/runs/name")
+
+
+RunDir = Annotated[Path | str | None, PlainValidator(_path_or_url)]
+"""A path, or the URL of any file system that fsspec knows; None: not given."""
