@@ -77,10 +77,7 @@ def test_every_key_of_a_server_is_in_one_of_the_two_documents():
         assert (
             f"`{path}`" in service
             or last in documented
-            or any(
-                row.startswith((path + ".", path + "[]"))
-                for row in re.findall(r"`([\w.\[\]]+)`", service)
-            )
+            or any(row.startswith((path + ".", path + "[]")) for row in re.findall(r"`([\w.\[\]]+)`", service))
         ), path
 
 

@@ -14,6 +14,7 @@ from fake_learner_ranks import until
 from rich.console import Console
 
 from actors import serve
+from weaver_rl.meter import NoMeter
 from weaver_rl.service.config import ServeConfig
 from weaver_rl.service.operations import Operations
 from weaver_rl.service.records import Operation
@@ -30,7 +31,7 @@ class Parts:
         self.operations: Operations | None = None
         for name in ("HttpServer", "Service", "_hosts"):
             monkeypatch.setattr(serve, name, getattr(self, f"_{name.strip('_')}"))
-        monkeypatch.setattr(serve, "create_app", lambda *_: None)
+        monkeypatch.setattr(serve, "create_app", lambda *_, **__: None)
 
     def _HttpServer(self, *_: Any) -> Any:
         async def start() -> str:
@@ -54,7 +55,7 @@ class Parts:
         async def preload(_: str) -> None: ...
 
         try:
-            yield SimpleNamespace(preload=preload), SimpleNamespace(preload=preload)
+            yield SimpleNamespace(preload=preload, num_up=dict), SimpleNamespace(preload=preload, num_up=dict)
         finally:
             self.ended.append("hosts")
 
@@ -75,7 +76,15 @@ def test_an_operation_that_runs_ends_before_what_it_needs(monkeypatch: pytest.Mo
         files: Any = SimpleNamespace(database_url=url)
         stop: Any = NoSignals()
         serving = asyncio.create_task(
-            serve._serve(config, SimpleNamespace(), files, {}, Console(quiet=True), stop)  # type: ignore[arg-type]
+            serve._serve(
+                config,
+                SimpleNamespace(),  # type: ignore[arg-type]
+                files,
+                {},
+                Console(quiet=True),
+                stop,
+                NoMeter(),
+            )
         )
         await until(lambda: parts.operations is not None)
 
