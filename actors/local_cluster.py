@@ -28,7 +28,7 @@ from actors.cluster_processes import SESSION_MARK, end_session, processes_of
 from actors.signals import StopSignals
 from weaver_rl.errors import ConfigError, ResourcesError
 from weaver_rl.local_clusters import TOKEN, TOKEN_MODE, TOKEN_PATH, ClusterFiles, ClusterNode, LocalCluster
-from weaver_rl.process_state import ALARMING, GONE, process_state, start_time
+from weaver_rl.process_state import ALARMING, GONE, ZOMBIE, process_state, start_time
 
 SESSION_PREFIX = "weaver-rl-"
 START_WITHIN_S = 90.0
@@ -292,7 +292,7 @@ def _live_nodes(cluster: LocalCluster) -> list[psutil.Process]:
     """The `ray start` processes that are really those."""
     found = []
     for node in cluster.nodes:
-        if process_state(node.pid, node.started_at) != GONE:
+        if process_state(node.pid, node.started_at) not in (GONE, ZOMBIE):  # in a container nobody may reap it
             found.append(psutil.Process(node.pid))
     return found
 

@@ -238,7 +238,10 @@ def _topmost(spans: Iterable[tuple[float, float, str]], begin: float, end: float
         for name in opening.get(at, ()):
             active[name] = active.get(name, 0) + 1
         if active:
-            pieces.append((at, until, min(active, key=rank)))
+            name = min(active, key=rank)
+            if pieces and pieces[-1][1:] == (at, name):
+                at = pieces.pop()[0]  # many actors have many edges, and each is looked at for every actor
+            pieces.append((at, until, name))
     return pieces
 
 

@@ -6,6 +6,9 @@ Produces rows in the order of the steps; waits for what actors tell; unblocked b
 
 from __future__ import annotations
 
+import json
+import math
+import mmap
 from collections import deque
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
@@ -21,9 +24,8 @@ from weaver_rl.ledger import (
     LedgerRow,
     StepWindow,
     ledger_rows,
-    read_ledger,
 )
-from weaver_rl.run_folder import write_atomically
+from weaver_rl.run_folder import append_whole
 from weaver_rl.spans import Span, Spans, now
 
 LATE_S = 300.0
@@ -105,15 +107,17 @@ class LedgerKeeper:
         for key, told in self._told.items():
             told.has_ended = told.has_ended or key not in living
         is_waited_for = any(pid is None for _, pid in living)
+        last_rows = self.last_rows
         written: list[LedgerRow] = []
         while self._windows and (is_last or self._is_complete(self._windows[0], is_waited_for)):
             window = self._windows.popleft()
-            rows = ledger_rows(window, [told.life() for told in sorted(self._told.values(), key=_place)])
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write("".join(row.to_json() for row in rows))
-            self.last_rows = tuple(rows)
-            written += rows
+            last_rows = tuple(ledger_rows(window, [told.life() for told in sorted(self._told.values(), key=_place)]))
+            written += last_rows
             self._forget(window.end_s)
+        if written:
+            # After all was forgotten: a file that cannot be written, for days perhaps, must not keep it in memory.
+            append_whole(self._path, "".join(row.to_json() for row in written))
+        self.last_rows = last_rows
         return written
 
     def _is_complete(self, window: StepWindow, is_waited_for: bool) -> bool:
@@ -147,9 +151,29 @@ def _place(told: _Told) -> tuple[int, int, str, float]:
 
 
 def truncate_ledger(path: Path, step: int) -> None:
-    """Forgets the rows of every step after `step`, and a line that a kill cut short."""
-    if path.exists():
-        write_atomically(path, "".join(row.to_json() for row in read_ledger(path) if row.step <= step))
+    """Forgets the rows of every step after `step`, and a line that a kill cut short.
+
+    It looks from the end, in place: that of a long run with many actors is large.
+    """
+    if not path.exists() or path.stat().st_size == 0:
+        return
+    with path.open("r+b") as file:
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            end = content.rfind(b"\n") + 1
+            while end > 0:
+                begin = content.rfind(b"\n", 0, end - 1) + 1
+                if _step_of(content[begin:end]) <= step:
+                    break
+                end = begin
+        file.truncate(end)
+
+
+def _step_of(line: bytes) -> float:
+    """A line that is no row comes after all steps."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def _window(span: Span) -> StepWindow:

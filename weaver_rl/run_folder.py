@@ -49,6 +49,18 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     fsync_directory(path.parent)
 
 
+def append_whole(path: Path, content: str) -> None:
+    """Adds all of it at the end or, on a full disk, nothing: the part would swallow what is added next."""
+    with path.open("ab", buffering=0) as file:
+        size, rest = file.seek(0, os.SEEK_END), content.encode()
+        try:
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError:
+            file.truncate(size)
+            raise
+
+
 def installed_versions() -> dict[str, str]:
     """Versions of what a run depends on, read from package metadata (importing them would take seconds)."""
     versions = {"weaver-rl": __version__}

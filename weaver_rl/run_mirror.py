@@ -125,7 +125,7 @@ class RunMirror:
             else:
                 # The journal after the checkpoint and before its manifest: it must tell of every step before it.
                 name = f"{CHECKPOINTS}/{snapshot.name}"
-                for path in _files(snapshot):
+                for path in _files(snapshot, hidden=True):
                     self._remote.upload(snapshot / path, f"{name}/{path}")
                 self._upload_journal(everything)
                 self._remote.upload(snapshot.parent / MANIFEST, f"{name}/{MANIFEST}")
@@ -154,7 +154,7 @@ class RunMirror:
             if uploaded == manifest:
                 return None
             snapshot = work / newest.name
-            for name in _files(newest):
+            for name in _files(newest, hidden=True):  # torch calls a part of a sharded checkpoint `.metadata`
                 (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
                 _link(newest / name, snapshot / name)
         except FileNotFoundError:
@@ -263,10 +263,10 @@ class RunMirror:
         return sorted(p.name for p in folder.glob("step_*") if (p / MANIFEST).is_file()) if folder.is_dir() else []
 
 
-def _files(directory: Path) -> list[str]:
-    """Files below a directory that are not hidden, relative to it; without a checkpoint's manifest."""
-    names = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file())
-    return sorted(n.as_posix() for n in names if n.name != MANIFEST and not any(p.startswith(".") for p in n.parts))
+def _files(directory: Path, *, hidden: bool = False) -> list[str]:
+    """Files below a directory, relative to it; without a checkpoint's manifest."""
+    names = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
+    return sorted(n.as_posix() for n in names if hidden or not any(part.startswith(".") for part in n.parts))
 
 
 def _newest_event(journal: sqlite3.Connection) -> int:

@@ -15,12 +15,14 @@ left out where there are none. On one `track` of one `pid` spans nest or are dis
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from weaver_rl.run_folder import append_whole
 from weaver_rl.spans import Span, Spans
 
 MAX_BYTES = 64 << 20
@@ -49,14 +51,11 @@ class SpanFiles:
         if path.exists() and path.stat().st_size >= self._max_bytes // 2:
             path.replace(path.with_name(f"{slug(actor)}{OLDER}"))
         content = "".join(f"{line}\n" for line in lines)
-        with path.open("ab+") as file:
-            if file.tell() == 0:
-                content = json.dumps({"actor": actor, "role": role}) + "\n" + content
-            elif path not in self._whole:
-                # A line that a kill cut short would swallow the first of these.
-                file.seek(-1, 2)
-                content = content if file.read(1) == b"\n" else "\n" + content
-            file.write(content.encode())
+        if not path.exists() or path.stat().st_size == 0:
+            content = json.dumps({"actor": actor, "role": role}) + "\n" + content
+        elif path not in self._whole and not _ends_whole(path):
+            content = "\n" + content
+        append_whole(path, content)
         self._whole.add(path)
 
 
@@ -108,6 +107,13 @@ def find_span_files(directory: Path) -> list[ActorSpans]:
         if "actor" in head:
             found.append(ActorSpans(actor=head["actor"], role=head["role"], paths=paths))
     return found
+
+
+def _ends_whole(path: Path) -> bool:
+    """Else a line that a kill cut short would swallow the next."""
+    with path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read(1) == b"\n"
 
 
 def slug(actor: str) -> str:

@@ -124,7 +124,8 @@ class SpanBuffer:
 
     def __init__(self, max_spans: int = MAX_SPANS, clock: Callable[[], float] = now) -> None:
         self.clock = clock
-        self.lock = threading.Lock()
+        # The garbage collector may close an abandoned generator, and end its span, in a thread that is in here.
+        self.lock = threading.RLock()
         self._max_spans = max_spans
         self._begun_s = clock()
         self._ended: deque[Span | tuple[Any, ...]] = deque()

@@ -20,6 +20,7 @@ from test_cluster import FREE_CPUS, TOKEN, head  # noqa: F401  the fixture of a 
 
 from actors.cluster_processes import processes_of
 from weaver_rl.local_clusters import LocalCluster, local_clusters
+from weaver_rl.process_state import GONE, ZOMBIE, process_state
 from weaver_rl.rollout_files import read_rollouts
 from weaver_rl.run_folder import RunFolder
 
@@ -157,7 +158,7 @@ def test_the_cluster_ends_whole_though_a_node_died_and_a_foreign_one_goes_on(sta
     assert left[1] <= started.before[1]
     assert not Path(started.cluster.session).exists()
     assert left[2] <= started.before[2]
-    assert not psutil.pid_exists(started.cluster.nodes[0].pid)
+    assert {process_state(node.pid, node.started_at) for node in started.cluster.nodes} <= {GONE, ZOMBIE}
     seen = subprocess.run(
         [sys.executable, "-c", FREE_CPUS, head], env=os.environ | TOKEN, capture_output=True, text=True, timeout=60
     )

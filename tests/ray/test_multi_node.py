@@ -89,13 +89,13 @@ def write_run(directory: Path, **changes: Any) -> Path:
         "rewards": [{"name": "task"}, {"name": "my_rewards.py:brevity", "weight": 0.1}],
         "warm_start": {"num_steps": 1, "prompts_per_step": 16, "learning_rate": 3.0e-3},
         "eval": {"every": 0, "num_prompts": 2},
-        "checkpoint": {"every": 1, "keep": 3},
+        "checkpoint": {"every": 2, "keep": 3},
         "learner": config["learner"] | {"num_cpus": 2},
         "reward_workers": {"num_workers": 4, "unresponsive_after_s": 20.0},
         "cluster": {"start_timeout_s": 20.0},
     } | changes
     config["model"] |= {"max_position_embeddings": 512}
-    config["rollout"] |= {"max_lag": 1, "sampling": {"temperature": 1.0, "max_tokens": 200}}
+    config["rollout"] |= {"max_lag": 1, "sampling": {"temperature": 1.0, "max_tokens": 150}}
     path = directory / "run.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
@@ -152,14 +152,14 @@ def test_a_run_spread_over_nodes_outlives_a_samplers_node_and_ends_with_the_lear
     nodes: SeparateNodes, tmp_path: Path
 ) -> None:
     head, learners, samplers = nodes.nodes
-    config = write_run(tmp_path / "work", num_steps=6, sampler={"num_replicas": 2, **_engine()})
+    config = write_run(tmp_path / "work", num_steps=5, sampler={"num_replicas": 2, **_engine()})
     run_dir = tmp_path / "run"
     if can_separate():
         assert head.sees(run_dir)
         assert not learners.sees(tmp_path)
         assert not samplers.sees(tmp_path)
     with going(submitting(nodes, config, f"run_dir={run_dir}"), run_dir) as it:
-        seen_until(lambda: it.step() >= 3, it)
+        seen_until(lambda: it.step() >= 2, it)
         placed = by_actor(nodes)
         assert "LearnerRank" in placed["learner's"]
         assert "Sampler" in placed["sampler's"]
@@ -174,7 +174,7 @@ def test_a_run_spread_over_nodes_outlives_a_samplers_node_and_ends_with_the_lear
     lost = [event.detail["subject"] for event in it.events("noted") if event.detail["what"] == "lost"]
     assert [subject for subject in lost if subject.startswith("sampler")], it.output
     assert it.events("reissued")
-    assert step < it.step() == 7
+    assert step < it.step() == 6
     assert it.audit().ok, it.audit().violations
     assert (run_dir / "policy" / "config.json").is_file()
     assert not learners.files("on_their_way/*")
@@ -184,7 +184,7 @@ def test_a_run_spread_over_nodes_outlives_a_samplers_node_and_ends_with_the_lear
     # It goes on from a checkpoint that the learner's node never kept; then that node goes, and there is no other.
     more = ("--resume", "num_steps=60", "sampler.num_replicas=1", "cluster.start_timeout_s=10")
     with going(training(nodes, config, f"run_dir={run_dir}", *more), run_dir) as again:
-        seen_until(lambda: again.step() >= 8, again)
+        seen_until(lambda: again.step() >= 7, again)
         if can_separate() and "RewardActor" in learners.actors():
             assert len(learners.files("code/*")) == 1
         learners.kill()

@@ -73,6 +73,7 @@ class Run:
         with self.checkpoints.writing(step) as directory:
             (directory / "optimizer").mkdir()
             (directory / "optimizer" / "a").write_text(content or f"state {step}")
+            (directory / "optimizer" / ".metadata").write_text("as torch calls it")
             (directory / "weights").write_text(str(step))
 
 

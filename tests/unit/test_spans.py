@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import gc
 import pickle
 import random
 import threading
@@ -322,6 +323,34 @@ def test_moved_to_another_clock_and_pickled():
     assert moved.begun_s == drained.begun_s + 5.0
     again: Spans = pickle.loads(pickle.dumps(moved))
     assert again == moved
+
+
+def test_an_abandoned_generator_may_be_collected_anywhere(buffer: SpanBuffer):
+    def abandon() -> None:
+        def generator() -> Iterator[None]:
+            with span("a/abandoned"):
+                yield
+
+        begun = generator()
+        next(begun)
+        cycle: list[object] = [begun]
+        cycle.append(cycle)
+
+    def collecting_clock() -> float:
+        gc.collect()  # as any allocation may, those under the lock of the buffer included
+        return 100.0
+
+    def work() -> None:
+        abandon()
+        buffer.clock = collecting_clock
+        with span("a/next"):
+            pass
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive(), "a span waits for its own thread"
+    assert {it.name for it in drain().spans} == {"a/abandoned", "a/next"}
 
 
 def test_the_clock_is_the_epochs():

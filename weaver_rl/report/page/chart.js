@@ -181,14 +181,16 @@ class Chart {
   }
   bars() {
     const parts = [], xs = this.series[0].x, base = xs.map(() => 0);
-    const width = (WIDTH - RIGHT - LEFT) / Math.max(1, xs.length);
-    const gap = Math.min(1.5, width * 0.15);
+    // The last bucket may be shorter than the others: no bar is wider than the way to its neighbour.
+    const room = (WIDTH - RIGHT - LEFT) / Math.max(1, xs.length);
+    const widths = xs.map((x, index) => Math.min(room, index ? this.x(x) - this.x(xs[index - 1]) : room));
     for (const one of this.drawn) {
       one.y.forEach((value, index) => {
         if (!value) return;
         const [top, bottom] = [this.y(base[index] + value), this.y(base[index])];
         base[index] += value;
         if (bottom - top < 0.05) return;
+        const width = widths[index], gap = Math.min(1.5, width * 0.15);
         parts.push(svgEl("rect", { class: one.color, x: (this.x(xs[index]) - width / 2).toFixed(1), y: top.toFixed(1),
           width: Math.max(0.5, width - gap).toFixed(1), height: (bottom - top).toFixed(1) }));
       });
