@@ -88,7 +88,13 @@ def train(config: RunConfig, *, resume: bool, overwrite: bool, console: Console)
         with (
             make_view(console, title=f"weaver-rl · {config.name}") as view,
             notes(view),
-            tracked(config.tracking, folder, name=config.name, run_config=config.model_dump(mode="json")) as trackers,
+            tracked(
+                config.tracking,
+                folder,
+                name=config.name,
+                run_config=config.model_dump(mode="json"),
+                in_peace=stop.deferred,
+            ) as trackers,
             connected(config.cluster, folder.logs, stop),
             metered(config.cluster, run_metrics(), {"run": config.name}) as meter,
         ):

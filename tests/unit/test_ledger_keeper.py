@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from weaver_rl.ledger import CONTROLLER, REWOUND, STEP, LedgerRow, read_ledger
-from weaver_rl.ledger_keeper import LedgerKeeper
+from weaver_rl.ledger_keeper import LedgerKeeper, truncate_ledger
 from weaver_rl.spans import Span, Spans
 
 pytestmark = pytest.mark.unit
@@ -149,6 +150,47 @@ def test_a_resumed_run_goes_on_after_a_line_cut_short(run: Run, tmp_path: Path):
     again.tell(CONTROLLER, 50, (REWOUND, 30, 30, 1), (STEP, 40, 50, 2), pid=10)
     again.keeper.write({(CONTROLLER, 10)})
     assert [(step, seconds) for step, _, seconds in again.rows()] == [(1, {"other": 10.0}), (2, {"other": 10.0})]
+
+
+def test_a_damaged_line_of_long_ago_does_not_keep_a_run_from_going_back(run: Run):
+    run.path.write_text("no row\n")
+    run.tell(CONTROLLER, 30, *((STEP, 10 * number, 10 * number + 10, number + 1) for number in range(3)))
+    run.write()
+    run.tell(CONTROLLER, 50, (REWOUND, 45, 45, 1), (STEP, 45, 50, 2))
+    run.write()
+    head, *rows = run.path.read_text().splitlines()
+    assert head == "no row"
+    assert [json.loads(row)["step"] for row in rows] == [1, 2]
+
+
+@pytest.mark.parametrize(("step", "kept"), [(0, 0), (1, 2), (2, 4), (9, 4)])
+def test_a_ledger_is_cut_after_a_step(tmp_path: Path, step: int, kept: int):
+    path = tmp_path / "ledger.jsonl"
+    rows = [
+        LedgerRow(step=number, phase="train", actor=actor, role="sampler", seconds={"generate": 1.0}).to_json()
+        for number in (1, 2)
+        for actor in ("sampler 0", "sampler 1")
+    ]
+    path.write_text("".join(rows) + rows[0][:-9])
+    truncate_ledger(path, step)
+    assert path.read_text() == "".join(rows[:kept])
+    truncate_ledger(path, step)
+    assert path.read_text() == "".join(rows[:kept])
+
+
+def test_a_ledger_that_cannot_be_written_keeps_nothing_in_memory(run: Run):
+    run.path.mkdir()
+    for number in range(1, 4):
+        run.tell("sampler 0", 20 * number, ("sampler/generate", 20 * number - 19, 20 * number - 12))
+        run.tell(CONTROLLER, 20 * number, (STEP, 20 * number - 20, 20 * number - 10, number))
+    with pytest.raises(IsADirectoryError):
+        run.write("sampler 0")
+    assert not run.keeper._windows
+    assert all(not told.ended for told in run.keeper._told.values())
+    run.path.rmdir()
+    run.tell("sampler 0", 90)
+    run.tell(CONTROLLER, 90, (STEP, 60, 80, 4))
+    assert {row.step for row in run.write("sampler 0")} == {4}
 
 
 def test_at_the_end_everything_is_written(run: Run):

@@ -1,6 +1,7 @@
 """The run folder: refusals, the lock between processes, and a status that stays true however a run ends."""
 
 import json
+import resource
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from weaver_rl.errors import ConfigError, MissingRewardsError
-from weaver_rl.run_folder import RunFolder, write_atomically
+from weaver_rl.run_folder import RunFolder, append_whole, write_atomically
 
 pytestmark = pytest.mark.unit
 
@@ -157,3 +158,17 @@ def test_an_atomic_write_that_fails_keeps_the_old_content(tmp_path):
         write_atomically(path, "\ud800")
     assert path.read_text() == '{"a": 1}'
     assert [item.name for item in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_what_finds_no_room_leaves_no_part_of_it(tmp_path: Path):
+    path = tmp_path / "lines.jsonl"
+    append_whole(path, "first\n")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    try:
+        with pytest.raises(OSError):
+            append_whole(path, "second" * 5_000 + "\n")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    append_whole(path, "third\n")
+    assert path.read_text() == "first\nthird\n"

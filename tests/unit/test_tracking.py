@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from actors.signals import StopSignals
 from weaver_rl.errors import UserError
 from weaver_rl.metrics import MetricsWriter, read_metrics
 from weaver_rl.run_folder import RunFolder, RunState
@@ -195,6 +197,27 @@ def test_the_sinks_of_a_run_are_told_how_it_ended(tmp_path: Path, monkeypatch: p
         ("failed", "RuntimeError: boom"),
         ("interrupted", "stopped by SIGTERM"),
     ]
+
+
+def test_a_signal_does_not_make_a_finished_run_an_interrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    service = FakeService()
+    monkeypatch.setattr("weaver_rl.tracking.sinks.WandbRun", lambda config: FakeTracker(service))
+    config = TrackingConfig(wandb=WandbConfig(project="p"))
+
+    def interrupt() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        service.open.set()
+
+    with (
+        StopSignals() as stop,
+        tracked(config, RunFolder(tmp_path), name="a", run_config={}, in_peace=stop.deferred) as sinks,
+    ):
+        service.open.clear()
+        sinks[0].write(1, {"loss": 1.0})
+        timer = threading.Timer(0.1, interrupt)
+        timer.start()
+    timer.join()
+    assert service.ended == [("finished", None)]
 
 
 # -- before anything is spent ------------------------------------------------------------------------------------------

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -48,13 +49,19 @@ def _is_database(config: MlflowConfig) -> bool:
 
 @contextlib.contextmanager
 def tracked(
-    config: TrackingConfig, folder: RunFolder, *, name: str, run_config: Mapping[str, Any]
+    config: TrackingConfig,
+    folder: RunFolder,
+    *,
+    name: str,
+    run_config: Mapping[str, Any],
+    in_peace: Callable[[], AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Iterator[tuple[MetricsSink, ...]]:
     """A sink for each service, for the length of the block; its end is the run's, and is waited for.
 
     Args:
         name: of the run, for people.
         run_config: the resolved configuration as JSON has it.
+        in_peace: keeps signals from cutting that wait short: a run that has finished would be called interrupted.
     """
     trackers: list[tuple[str, Tracker]] = []
     if config.wandb is not None:
@@ -75,9 +82,11 @@ def tracked(
     try:
         yield tuple(sinks)
     except BaseException as error:
-        _close(sinks, error, config.end_timeout_s)
+        with in_peace():
+            _close(sinks, error, config.end_timeout_s)
         raise
-    _close(sinks, None, config.end_timeout_s)
+    with in_peace():
+        _close(sinks, None, config.end_timeout_s)
 
 
 def _close(sinks: list[BackgroundTracker], error: BaseException | None, timeout_s: float) -> None:
