@@ -20,6 +20,8 @@ from weaver_rl.file_copy import Chunk, DirectoryFacts, describe, pieces, read_ch
 
 CHUNK_TIMEOUT_S = 300.0
 """For one piece; the first of a node waits for a worker process there."""
+SLOWEST_BYTES_PER_S = 10e6
+"""A copy that is slower than this is taken for stuck."""
 CHUNKS_AHEAD = 3
 """Pieces that are on their way while one is written: what a copy needs of memory and of the object store."""
 

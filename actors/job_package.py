@@ -27,6 +27,9 @@ IGNORE_FILES = (".gitignore", ".rayignore")
 NEVER_PACKED = (
     *(".git/", ".hg/", ".svn/", ".venv/", "venv/", "node_modules/", "__pycache__/", "*.pyc", ".env", ".DS_Store"),
     *(".mypy_cache/", ".pytest_cache/", ".ruff_cache/", ".hypothesis/", ".ipynb_checkpoints/", "*.egg-info/"),
+    # What lets somebody in: a package is seen by everybody who uses the cluster.
+    *(".env.*", ".netrc", "_netrc", ".pypirc", ".git-credentials", ".aws/", ".azure/", ".docker/", ".gnupg/", ".kube/"),
+    *(".ssh/", "id_rsa", "id_dsa", "id_ecdsa", "id_ed25519", "*.pem", "*.key", "*.p12"),
     *("runs/", "wandb/", "mlruns/", "checkpoints/", "*.safetensors", "*.pt", "*.pth", "*.ckpt", "*.gguf"),
 )
 """As in a .gitignore; `--exclude` adds to them, files that the configuration names are packed nevertheless."""
@@ -87,7 +90,14 @@ def plan_package(
             f"the module {modules[0]!r} of a reward is in {Path.cwd()}, the package begins at {root}: the job would "
             f"not find it. Give --working-dir {Path.cwd()}, or name the file: {modules[0]}.py:FUNCTION"
         )
-    files = dict(_walk(root, [*NEVER_PACKED, *excludes]))
+    notes = []
+    if working_dir is None and root in _of_everything():
+        files = {}
+        notes.append(
+            f"of {root} only what the configuration names is packed; --working-dir DIRECTORY packs a directory"
+        )
+    else:
+        files = dict(_walk(root, [*NEVER_PACKED, *excludes]))
     overrides: list[str] = []
     where = _place_in(files, root, config_file, Path(BESIDE))
     # Relative: every node unpacks the package at a place of its own.
@@ -101,7 +111,7 @@ def plan_package(
         written = os.path.relpath(root / place, inside)
         if written != item.written and not _finds(item, root / place, inside, root):
             overrides.extend(item.overrides(written))
-    notes = [f"{key} is {path}: the cluster's machines must have it there" for key, path in _absolute(config, named)]
+    notes += [f"{key} is {path}: the cluster's machines must have it there" for key, path in _absolute(config, named)]
     return JobPackage(root=root, files=files, config=str(where), overrides=tuple(overrides), notes=tuple(notes))
 
 
@@ -152,9 +162,12 @@ def _parents(named: Iterable[NamedFile]) -> list[Path]:
 def _least(config_file: Path, directories: Iterable[Path]) -> Path:
     """The least directory with all of it; a directory of everything is never packed for one file somewhere in it."""
     least = Path(os.path.commonpath([config_file.parent, *directories]))
-    of_everything = {Path("/"), Path("/home"), Path("/root"), Path(tempfile.gettempdir())}
-    of_everything |= {Path.home(), *Path.home().parents}
-    return config_file.parent if least in of_everything else least
+    return config_file.parent if least in _of_everything() else least
+
+
+def _of_everything() -> set[Path]:
+    home = Path(os.path.expanduser("~")).resolve()  # noqa: PTH111  Path.home() fails for a user without one
+    return {Path("/"), Path("/home"), Path("/root"), Path(tempfile.gettempdir()).resolve(), home, *home.parents}
 
 
 def _place_in(files: dict[str, Path], root: Path, path: Path, beside: Path) -> Path:
@@ -206,7 +219,8 @@ def _walk_directory(
     root: Path, directory: Path, rules: list[tuple[Path, PathSpec]], inside: frozenset[Path]
 ) -> Iterator[tuple[str, Path]]:
     here = directory.resolve()
-    if here in inside:
+    # A link to a home directory or to / leads to everything that the user has.
+    if here in inside or (directory != root and here in _of_everything()):
         return
     rules = [*rules, *_rules_in(directory)]
     try:

@@ -78,7 +78,16 @@ def train(config: RunConfig, *, resume: bool, overwrite: bool, console: Console)
     require_tracking(config.tracking)
     with (
         StopSignals() as stop,
-        mirrored(config.place, folder, resume=resume, overwrite=overwrite, tell=partial(_say, console)) as mirror,
+        mirrored(
+            config.place,
+            folder,
+            resume=resume,
+            overwrite=overwrite,
+            keep=config.checkpoint.keep,
+            tell=partial(_say, console),
+            check=partial(check_resumable, folder.config_json, config),
+            in_peace=stop.deferred,
+        ) as mirror,
         _claimed(folder, config, resume=resume, overwrite=overwrite) as (claim, changed),
         _reported(claim, stop),
     ):

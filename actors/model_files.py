@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from actors.calls import answer
-from actors.file_transfer import NodeDirectory, describe_there, fetch, this_node
+from actors.file_transfer import SLOWEST_BYTES_PER_S, NodeDirectory, describe_there, fetch, this_node
 from weaver_rl.file_copy import has_files
 from weaver_rl.models.directories import MARKER, make_once
 from weaver_rl.models.smollm2 import cache_dir
 
-SLOWEST_BYTES_PER_S = 10e6
-"""A copy that is slower than this is taken for stuck."""
 UNUSED_DAYS = 30
 """A copy that no run asked for this long goes when another one is made."""
 OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".ckpt", ".gguf", ".onnx", ".h5", ".msgpack")
@@ -112,7 +110,10 @@ def _weights(directory: Path) -> set[str]:
 
 
 def _is_unused(copy: Path) -> bool:
-    return not copy.name.startswith(".") and copy.stat().st_mtime < time.time() - UNUSED_DAYS * 86400
+    try:
+        return not copy.name.startswith(".") and copy.stat().st_mtime < time.time() - UNUSED_DAYS * 86400
+    except FileNotFoundError:
+        return False  # another process, which fetches another model, removed it just now
 
 
 def _remove(directories: Iterator[Path]) -> None:

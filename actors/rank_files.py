@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from actors.calls import answer, together
-from actors.file_transfer import NodeDirectory, describe_there, fetch, this_node
+from actors.file_transfer import SLOWEST_BYTES_PER_S, NodeDirectory, describe_there, fetch, this_node
 from actors.identity import Identity
 from weaver_rl.models.smollm2 import cache_dir
 from weaver_rl.waits import current_waits
@@ -57,7 +57,10 @@ class RankFiles:
         """Where each rank finds what is in `directory`."""
         nodes, first = await self._away(ranks, directory)
         here = NodeDirectory(node_id=this_node(), path=directory)
-        made: list[Path] = await self._ask(ranks, first.values(), "fetch_files", "fetching files", here)
+        num_bytes = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) if first else 0
+        made: list[Path] = await self._ask(
+            ranks, first.values(), "fetch_files", "fetching files", here, more_s=num_bytes / SLOWEST_BYTES_PER_S
+        )
         copies = dict(zip(first, made, strict=True))
         try:
             yield [copies.get(node, directory) for node in nodes]
@@ -85,13 +88,15 @@ class RankFiles:
             with contextlib.suppress(Exception):  # a rank that is lost: its node removes them another day
                 await self._ask(ranks, [rank], "remove_files", "removing its copy of files", path)
 
-    async def _ask(self, ranks: Sequence[Any], which: Iterable[int], method: str, doing: str, *args: Any) -> list[Any]:
+    async def _ask(
+        self, ranks: Sequence[Any], which: Iterable[int], method: str, doing: str, *args: Any, more_s: float = 0.0
+    ) -> list[Any]:
         return await together(
             answer(
                 getattr(ranks[rank], method).remote(*args),
                 actor=f"{self._name} rank {rank}",
                 doing=doing,
-                timeout_s=self._timeout_s,
+                timeout_s=self._timeout_s + more_s,
             )
             for rank in which
         )

@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self
 
-from ray.exceptions import RayError
+from ray.exceptions import RayActorError
 
 from actors.span_source import NodeSpans
 from weaver_rl.ledger import CONTROLLER, LedgerRow, shares
 from weaver_rl.ledger_keeper import LedgerKeeper
 from weaver_rl.run_folder import RunFolder
 from weaver_rl.span_files import SpanFiles
-from weaver_rl.spans import ANCHOR_S, Spans, drain
+from weaver_rl.spans import ANCHOR_S, Process, Spans, drain
 
 EVERY_S = 2.0
 FINISH_S = 3.0
@@ -113,7 +113,7 @@ class SpanCollector:
         self._asked: dict[Any, asyncio.Task[None]] = {}
         self._answers: list[tuple[SpanSource, Spans]] = []
         self._lost: set[Any] = set()
-        self._pids: dict[Any, int] = {}
+        self._processes: dict[Any, Process] = {}
         self._has_warned = False
 
     async def __aenter__(self) -> Self:
@@ -174,7 +174,7 @@ class SpanCollector:
         asked = time.monotonic()
         try:
             answer: NodeSpans = await source.handle.drain_spans.remote()
-        except RayError:
+        except RayActorError:
             self._lost.add(source.handle)  # it died; the fleets see to that
             return
         except Exception as error:  # noqa: BLE001 - boundary: spans are never worth a run
@@ -183,18 +183,19 @@ class SpanCollector:
         spans = answer.spans
         told = spans.drained_at_s - spans.anchor_s
         behind_s = self._clocks.behind_s(answer.node_id, asked, told, time.monotonic())
-        self._pids[source.handle] = spans.pid
+        self._processes[source.handle] = spans.process
         self._answers.append((source, spans.moved(behind_s + ANCHOR_S - spans.anchor_s)))
 
-    def _living(self, present: Sequence[SpanSource]) -> set[tuple[str, int | None]]:
+    def _living(self, present: Sequence[SpanSource]) -> set[tuple[str, Process | None]]:
         """Who is there, with the process if it has answered yet."""
-        self._pids = {source.handle: self._pids[source.handle] for source in present if source.handle in self._pids}
-        return {(it.actor, self._pids.get(it.handle)) for it in present if it.handle not in self._lost}
+        handles = {source.handle for source in present}
+        self._processes = {handle: process for handle, process in self._processes.items() if handle in handles}
+        return {(it.actor, self._processes.get(it.handle)) for it in present if it.handle not in self._lost}
 
     def _write(
         self,
         answers: Sequence[tuple[SpanSource, Spans]],
-        living: set[tuple[str, int | None]],
+        living: set[tuple[str, Process | None]],
         own: Spans,
         is_last: bool,
     ) -> list[LedgerRow]:
@@ -202,7 +203,7 @@ class SpanCollector:
         told.append((CONTROLLER, CONTROLLER, own))
         for actor, role, spans in told:
             self._keeper.tell(actor, role, spans)
-        rows = self._keeper.write(living | {(CONTROLLER, own.pid)}, is_last=is_last)
+        rows = self._keeper.write(living | {(CONTROLLER, own.process)}, is_last=is_last)
         for actor, role, spans in told:
             self._files.append(actor, role, spans)
         return rows

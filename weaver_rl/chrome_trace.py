@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from weaver_rl.errors import ConfigError
-from weaver_rl.ledger import CONTROLLER, STEP
+from weaver_rl.ledger import CONTROLLER, STEP, place_of_actor
 from weaver_rl.metrics import read_metrics
+from weaver_rl.output_file import output_file
 from weaver_rl.run_folder import RunFolder
 from weaver_rl.span_files import ActorSpans, RecordedSpan, find_span_files
 
 COUNTERS = ("reward/mean", "tokens_per_s", "lag/mean", "groups/in_flight")
-ORDER = (CONTROLLER, "learner", "sampler", "reward")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,7 +47,7 @@ def export_trace(folder: RunFolder, path: Path, *, first_step: int | None, last_
     Raises:
         ConfigError: the run has no spans, or no such step.
     """
-    actors = sorted(find_span_files(folder.spans), key=_place)
+    actors = sorted(find_span_files(folder.spans), key=lambda it: place_of_actor(it.actor, it.role))
     if not actors:
         raise ConfigError(f"{folder.path} has no spans: give the folder of a run that was started with this version")
     begin_s, end_s = _between(folder, actors, first_step, last_step)
@@ -66,15 +66,10 @@ def export_trace(folder: RunFolder, path: Path, *, first_step: int | None, last_
     return Exported(path=path, num_spans=num_spans, num_actors=len(actors))
 
 
-def _place(actor: ActorSpans) -> tuple[int, int, str]:
-    number = actor.actor.rpartition(" ")[2]
-    role = ORDER.index(actor.role) if actor.role in ORDER else len(ORDER)
-    return role, int(number) if number.isdigit() else 0, actor.actor
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[IO[str]]:
     """Written aside: a trace that was not finished is no trace."""
+    path = output_file(path)
     aside = path.with_name(f".{path.name}.writing")
     try:
         with gzip.open(aside, "wt") if path.name.endswith(".gz") else aside.open("w") as file:

@@ -15,7 +15,6 @@ from rich.console import Console
 
 from weaver_rl import __version__
 from weaver_rl.commands import check, cluster, inspect, jobs, plan, report, reward, runs, serve, trace
-from weaver_rl.commands.arguments import OPENED
 from weaver_rl.errors import UserError, WeaverRLError
 
 INTERRUPTED = "interrupted; nothing was left running"
@@ -83,8 +82,7 @@ def guarded(run: Callable[[], None]) -> int:
     """Runs a command; returns its exit status."""
     errors = Console(stderr=True, highlight=False, soft_wrap=True)
     try:
-        with OPENED:
-            run()
+        run()
     except KeyboardInterrupt:
         errors.print(INTERRUPTED)
         return INTERRUPTED_STATUS

@@ -22,7 +22,9 @@ CHUNK_BYTES = 32 << 20
 """A piece of a file; what a copy holds in memory is a few of them."""
 SAMPLE_BYTES = 64 << 10
 NUM_SAMPLES = 18
-"""Places of a large file that are compared, its beginning and end among them; small files are compared whole."""
+SAMPLE_EVERY_BYTES = 32 << 20
+"""A large file is compared at `NUM_SAMPLES` places or more, its beginning and end among them, and never further apart
+than this: two models may differ in one layer. Small files are compared whole."""
 SPARE_BYTES = 256 << 20
 """Free space that a copy leaves on a disk."""
 
@@ -170,4 +172,5 @@ def _sampled(num_bytes: int) -> Iterable[int]:
     """Where the samples of a file begin."""
     if num_bytes <= NUM_SAMPLES * SAMPLE_BYTES:
         return range(0, num_bytes, SAMPLE_BYTES)
-    return [(num_bytes - SAMPLE_BYTES) * index // (NUM_SAMPLES - 1) for index in range(NUM_SAMPLES)]
+    num = max(NUM_SAMPLES, -(-num_bytes // SAMPLE_EVERY_BYTES) + 1)
+    return [(num_bytes - SAMPLE_BYTES) * index // (num - 1) for index in range(num)]

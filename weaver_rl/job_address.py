@@ -44,7 +44,10 @@ def job_server_address(given: str | None, environment: Mapping[str, str], cluste
 
 def _checked(address: str, where: str) -> str:
     url = address if "://" in address else f"http://{address}"
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError as error:
+        raise ConfigError(f"{where} {address}: {error}; write http://HEAD:{DASHBOARD_PORT}") from None
     try:
         port = parts.port
     except ValueError:

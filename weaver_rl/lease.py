@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,10 @@ from weaver_rl.remote_folder import RemoteFolder
 NAME = "lease.json"
 RENEW_EVERY_S = 10.0
 STALE_AFTER_S = 90.0
-"""Nobody who lives is silent for so long; clocks of two machines may differ by less than the difference."""
+"""Nobody who lives is silent for so long."""
 SETTLE_S = 1.0
+WATCH_S = 2.5 * RENEW_EVERY_S
+"""For a record of another machine that looks old: that machine's clock may be wrong, and its holder live."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -40,7 +42,7 @@ class LeaseRecord:
     holder: str
     """Of one process, and no other."""
     staging: str
-    """Of the folder that this process works in: the one that has all that was ever written here."""
+    """Of the folder that has all that was ever written here; until the holder has begun, that of the holder before."""
     host: str
     pid: int
     machine: str
@@ -78,6 +80,7 @@ class Lease:
         *,
         clock: Callable[[], float] = time.time,
         settle_s: float = SETTLE_S,
+        watch_s: float = WATCH_S,
         renew_every_s: float = RENEW_EVERY_S,
     ) -> None:
         self._remote = remote
@@ -86,14 +89,16 @@ class Lease:
         pid = os.getpid()
         self._record = LeaseRecord(
             holder=uuid.uuid4().hex,
-            staging=staging,
+            staging="",
             host=socket.gethostname(),
             machine=this_machine(),
             pid=pid,
             process_started_at=start_time(pid),
             renewed_at=clock(),
         )
+        self._staging = staging
         self._settle_s = settle_s
+        self._watch_s = watch_s
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self.lost: str | None = None
@@ -106,8 +111,9 @@ class Lease:
             ConfigError: another process holds it.
         """
         before = read_lease(self._remote)
-        if before is not None and before.is_held(self._clock()):
+        if before is not None and (before.is_held(self._clock()) or self._is_renewed(before)):
             raise ConfigError(self._refusal(before))
+        self._record = replace(self._record, staging=before.staging if before is not None else "")
         self._write(is_released=False)
         time.sleep(self._settle_s)
         now = read_lease(self._remote)
@@ -115,6 +121,19 @@ class Lease:
             raise ConfigError(self._refusal(now or self._record))
         self._thread.start()
         return before
+
+    def begin(self) -> None:
+        """Says that from now on the holder's staging folder is the one that has everything."""
+        self._record = replace(self._record, staging=self._staging)
+        self._write(is_released=False)
+
+    def confirm(self) -> None:
+        """Raises FilesError when another process has it by now."""
+        now = read_lease(self._remote)
+        if now is not None and now.holder != self._record.holder:
+            self.lost = f"process {now.pid} on {now.host} has taken over {self._remote.url}"
+        if self.lost is not None:
+            raise FilesError(self.lost)
 
     def release(self) -> None:
         """Lets others have it at once."""
@@ -127,13 +146,18 @@ class Lease:
     def _renew(self) -> None:
         while not self._ended.wait(self._renew_every_s):
             try:
-                now = read_lease(self._remote)
-                if now is not None and now.holder != self._record.holder:
-                    self.lost = f"process {now.pid} on {now.host} has taken over {self._remote.url}"
-                    return
+                self.confirm()
                 self._write(is_released=False)
             except FilesError:
-                continue  # the store is out of reach; who uploads says so
+                if self.lost is not None:
+                    return
+                # The store is out of reach; who uploads says so.
+
+    def _is_renewed(self, record: LeaseRecord) -> bool:
+        if record.is_released or record.machine == this_machine():
+            return False
+        time.sleep(self._watch_s)
+        return read_lease(self._remote) != record
 
     def _write(self, *, is_released: bool) -> None:
         content = asdict(self._record) | {"renewed_at": self._clock(), "is_released": is_released}

@@ -16,8 +16,11 @@ from typing import Any
 
 from weaver_rl.errors import UserError
 from weaver_rl.spans import Span
+from weaver_rl.whole_lines import whole_lines
 
 CONTROLLER = "controller"
+ROLES = (CONTROLLER, "learner", "sampler", "reward")
+"""In the order of the rows."""
 STEP = "controller/step"
 """The span of a whole step, with its number and phase."""
 REWOUND = "controller/rewound"
@@ -117,17 +120,12 @@ class LedgerRow:
 
 def read_ledger(path: Path) -> Iterator[LedgerRow]:
     """The rows of a ledger.jsonl; nothing when there is none. A last line cut short by a kill is left out."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
-                return
-            try:
-                row = LedgerRow(**json.loads(line))
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{path}, line {number} is no row of a ledger: {error}; seen {line[:80]!r}") from error
-            yield row
+    for number, line in whole_lines(path):
+        try:
+            row = LedgerRow(**json.loads(line))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path}, line {number} is no row of a ledger: {error}; seen {line[:80]!r}") from error
+        yield row
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -183,6 +181,13 @@ def ledger_rows(window: StepWindow, lives: Iterable[ActorLife]) -> list[LedgerRo
             step=window.step, phase=window.phase, actor=life.actor, role=life.role, seconds=seconds
         )
     return list(rows.values())
+
+
+def place_of_actor(actor: str, role: str) -> tuple[int, int, str]:
+    """Sorts actors: the controller, learner ranks, samplers, reward workers; each kind by number."""
+    number = actor.rpartition(" ")[2]
+    place = ROLES.index(role) if role in ROLES else len(ROLES)
+    return place, int(number) if number.isdigit() else 0, actor
 
 
 def shares(rows: Iterable[LedgerRow], of: Callable[[LedgerRow], str]) -> dict[str, dict[str, float]]:

@@ -24,13 +24,12 @@ from weaver_rl.ledger import (
     LedgerRow,
     StepWindow,
     ledger_rows,
+    place_of_actor,
 )
 from weaver_rl.run_folder import append_whole
-from weaver_rl.spans import Span, Spans, now
+from weaver_rl.spans import Process, Span, Spans, now
 
 LATE_S = 300.0
-
-_ROLES = (CONTROLLER, "learner", "sampler", "reward")
 
 
 @dataclass(slots=True)
@@ -39,7 +38,6 @@ class _Told:
 
     actor: str
     role: str
-    pid: int
     begun_s: float
     until_s: float
     has_ended: bool = False
@@ -75,17 +73,18 @@ class LedgerKeeper:
         self._path = path
         self._late_s = late_s
         self._clock = clock
-        self._told: dict[tuple[str, int], _Told] = {}
+        self._told: dict[tuple[str, Process], _Told] = {}
         self._windows: deque[StepWindow] = deque()
+        self._silent_since: dict[str, float] = {}
         self.last_rows: tuple[LedgerRow, ...] = ()
         """Those of the newest step that is written."""
 
     def tell(self, actor: str, role: str, drained: Spans) -> None:
         """What an actor did, by the driver's clock."""
-        key = actor, drained.pid
+        key = actor, drained.process
         if key not in self._told:
             self._ended_before(actor, drained.begun_s)
-            self._told[key] = _Told(actor, role, drained.pid, drained.begun_s, drained.drained_at_s)
+            self._told[key] = _Told(actor, role, drained.begun_s, drained.drained_at_s)
         told = self._told[key]
         told.until_s, told.has_ended = max(told.until_s, drained.drained_at_s), False
         told.ended += [span for span in drained.spans if span.name in BUSY or span.name in AWAITED]
@@ -97,7 +96,7 @@ class LedgerKeeper:
                 elif span.name == REWOUND:
                     self._rewind(int(span.attributes["step"]))
 
-    def write(self, living: Collection[tuple[str, int | None]], *, is_last: bool = False) -> list[LedgerRow]:
+    def write(self, living: Collection[tuple[str, Process | None]], *, is_last: bool = False) -> list[LedgerRow]:
         """Writes the rows of every step that is complete, and returns them.
 
         Args:
@@ -106,7 +105,7 @@ class LedgerKeeper:
         """
         for key, told in self._told.items():
             told.has_ended = told.has_ended or key not in living
-        is_waited_for = any(pid is None for _, pid in living)
+        is_waited_for = self._is_waited_for({actor for actor, process in living if process is None})
         last_rows = self.last_rows
         written: list[LedgerRow] = []
         while self._windows and (is_last or self._is_complete(self._windows[0], is_waited_for)):
@@ -119,6 +118,12 @@ class LedgerKeeper:
             append_whole(self._path, "".join(row.to_json() for row in written))
         self.last_rows = last_rows
         return written
+
+    def _is_waited_for(self, silent: Collection[str]) -> bool:
+        """Whether one that has never told anything may soon; one that finds no place, for days perhaps, does not."""
+        at = self._clock()
+        self._silent_since = {actor: self._silent_since.get(actor, at) for actor in silent}
+        return any(at - since <= self._late_s for since in self._silent_since.values())
 
     def _is_complete(self, window: StepWindow, is_waited_for: bool) -> bool:
         if self._clock() - window.end_s > self._late_s:
@@ -144,10 +149,8 @@ class LedgerKeeper:
                 del self._told[key]
 
 
-def _place(told: _Told) -> tuple[int, int, str, float]:
-    """The controller, learner ranks, samplers, reward workers; each kind by number."""
-    number = told.actor.rpartition(" ")[2]
-    return _ROLES.index(told.role), int(number) if number.isdigit() else 0, told.actor, told.begun_s
+def _place(told: _Told) -> tuple[tuple[int, int, str], float]:
+    return place_of_actor(told.actor, told.role), told.begun_s
 
 
 def truncate_ledger(path: Path, step: int) -> None:

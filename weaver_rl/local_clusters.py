@@ -139,7 +139,10 @@ def cluster_files(name: str) -> ClusterFiles:
 
 def local_clusters() -> list[LocalCluster]:
     """Every cluster of this user that is written down, by name. Whether its processes live is not asked."""
-    places = sorted((_state_home() / "weaver-rl" / "clusters").glob("*/cluster.json"))
+    try:
+        places = sorted((_state_home() / "weaver-rl" / "clusters").glob("*/cluster.json"))
+    except ConfigError:
+        return []  # a user without a home can have started none
     found = []
     for place in places:
         with contextlib.suppress(ConfigError, OSError):
@@ -166,11 +169,11 @@ def show_token_of(address: str | None, environment: MutableMapping[str, str] | N
 
 def _same_place(one: str, other: str) -> bool:
     def place(address: str) -> tuple[str, int | None]:
-        parts = urlsplit(address if "://" in address else f"//{address}")
         try:
+            parts = urlsplit(address if "://" in address else f"//{address}")
             port = parts.port
         except ValueError:
-            port = None
+            return address, None
         host = parts.hostname or ""
         return ("127.0.0.1" if host in ("localhost", "::1") else host), port
 
@@ -178,4 +181,10 @@ def _same_place(one: str, other: str) -> bool:
 
 
 def _state_home() -> Path:
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    given = Path(os.environ.get("XDG_STATE_HOME", ""))
+    if given.is_absolute():  # the standard has a relative one ignored, and nodes run in directories of their own
+        return given
+    try:
+        return Path.home() / ".local" / "state"
+    except RuntimeError as error:
+        raise ConfigError(f"{error}; set HOME or XDG_STATE_HOME to a directory of yours") from None

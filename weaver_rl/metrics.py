@@ -15,6 +15,7 @@ from typing import IO, Literal, Self, get_args
 from weaver_rl.errors import UserError, WeaverRLError
 from weaver_rl.metrics_sinks import MetricsSink, TensorBoardEvents
 from weaver_rl.run_folder import RunFolder, write_atomically
+from weaver_rl.whole_lines import whole_lines
 
 Phase = Literal["warm_start", "train"]
 
@@ -143,18 +144,13 @@ class MetricsLine:
 
 def read_metrics(path: Path) -> Iterator[MetricsLine]:
     """The lines of a metrics.jsonl; nothing when there is none. A last line cut short by a kill is left out."""
-    if not path.exists():
-        return
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
-                return
-            try:
-                raw = json.loads(line)
-                head = {key: raw.pop(key) for key in ("step", "phase", "time_s")}
-            except (ValueError, KeyError, AttributeError) as error:
-                raise UserError(f"{path}, line {number} holds no metrics: {error}; seen {line[:80]!r}") from error
-            yield MetricsLine(**head, values=raw)
+    for number, line in whole_lines(path):
+        try:
+            raw = json.loads(line)
+            head = {key: raw.pop(key) for key in ("step", "phase", "time_s")}
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise UserError(f"{path}, line {number} holds no metrics: {error}; seen {line[:80]!r}") from error
+        yield MetricsLine(**head, values=raw)
 
 
 class MetricsWriter:

@@ -167,16 +167,7 @@ def require_small_gap(gap: LogprobGap | None, limit: LogprobGapLimit, likely_cau
 
 def likely_gap_cause(sampling: SamplingConfig, *, learner_dtype: str, sampler_dtype: str | None) -> str:
     """Why learner and sampler would disagree under these settings, and what to do; `sampler_dtype` None: unset."""
-    filters = [
-        f"{name} {value:g}"
-        for name, value, off in (
-            ("top_p", sampling.top_p, 1.0),
-            ("top_k", sampling.top_k, 0),
-            ("min_p", sampling.min_p, 0.0),
-        )
-        if value != off
-    ]
-    if filters:
+    if filters := sampling.filters():
         return (
             f"Likely cause: rollout.sampling has {', '.join(filters)}; the sampler's probabilities are of the filtered "
             "distribution, the learner's of the whole one. Switch the filter off, or raise the limit and use "

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from weaver_rl.errors import ConfigError, FilesError
+from weaver_rl.run_location import PASSWORD_REFUSED, has_password
 
 PACKAGES = {
     "s3": "s3fs",
@@ -41,6 +42,8 @@ class RemoteFolder:
         """Raises ConfigError for a scheme that is unknown or whose package is not installed."""
         import fsspec
 
+        if has_password(url):
+            raise ConfigError(f"run_dir: {PASSWORD_REFUSED}")
         self.url = url.rstrip("/")
         scheme = self.url.partition("://")[0].rpartition("::")[2]
         try:
@@ -69,7 +72,8 @@ class RemoteFolder:
             return {
                 path[len(self._root) + 1 :]: int(facts.get("size") or 0)
                 for path, facts in found.items()
-                if path.startswith(f"{self._root}/")
+                # Consoles of object stores show folders, and keep them as empty files.
+                if path.startswith(f"{self._root}/") and not path.endswith("/")
             }
 
     def read(self, name: str) -> bytes | None:

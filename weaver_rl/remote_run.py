@@ -19,9 +19,17 @@ from weaver_rl.lease import NAME as LEASE_FILE
 from weaver_rl.lease import Lease, read_lease
 from weaver_rl.models.resolve import SCRATCH_DIRECTORY
 from weaver_rl.remote_folder import RemoteFolder
-from weaver_rl.run_folder import RunFolder
+from weaver_rl.run_folder import RunFolder, refuse_both
 from weaver_rl.run_location import is_url, staging_folder
-from weaver_rl.run_mirror import RunMirror, Stamp, download_checkpoint, download_run
+from weaver_rl.run_mirror import (
+    CHECKPOINTS,
+    UNKNOWN,
+    RunMirror,
+    Stamp,
+    download_checkpoint,
+    download_run,
+    folder_bytes,
+)
 
 STAGING_ID = ".staging_id"
 LAST_UPLOAD_S = 900.0
@@ -33,11 +41,25 @@ _ROLLOUTS = re.compile(r"rollouts/step_(\d+)\.parquet")
 
 @contextlib.contextmanager
 def mirrored(
-    place: Path | str, folder: RunFolder, *, resume: bool, overwrite: bool, tell: Callable[[str], None]
+    place: Path | str,
+    folder: RunFolder,
+    *,
+    resume: bool,
+    overwrite: bool,
+    keep: int,
+    tell: Callable[[str], None],
+    check: Callable[[], object] = lambda: None,
+    in_peace: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Iterator[RunMirror | None]:
     """Where `place` is a URL: it is this run's for the length of the block, and has everything after it.
 
     The staging folder is gone then, unless its upload failed. For a path nothing happens.
+
+    Args:
+        keep: how many checkpoints stay at the URL.
+        check: raises when the run, which is in the folder but for its checkpoint, must not be resumed. Nothing was
+            removed at the URL by then.
+        in_peace: what the last upload is done in, so that no signal cuts it off.
 
     Raises:
         ConfigError: the URL cannot be used, is another run's, or holds a run and neither flag is given.
@@ -60,8 +82,10 @@ def mirrored(
     if before is not None and not before.is_released:
         tell(f"{place} was held by process {before.pid} on {before.host}, which is dead or silent: taken over")
     try:
-        sent = _begin(remote, folder, before.staging if before else None, resume, overwrite, tell)
-        mirror = RunMirror(folder, remote, lease, sent=sent, tell=tell)
+        refuse_both(resume=resume, overwrite=overwrite)
+        sent = _begin(remote, folder, before.staging if before else None, resume, overwrite, tell, check)
+        lease.begin()
+        mirror = RunMirror(folder, remote, lease, keep=keep, sent=sent, tell=tell)
         mirror.start()
     except BaseException:
         with contextlib.suppress(FilesError):
@@ -74,21 +98,29 @@ def mirrored(
         yield mirror
         failed = False
     finally:
-        _end(mirror, lease, folder, failed, tell)
+        with in_peace():
+            _end(mirror, lease, place, folder, failed, tell)
 
 
-def _end(mirror: RunMirror, lease: Lease, folder: RunFolder, failed: bool, tell: Callable[[str], None]) -> None:
+def _end(
+    mirror: RunMirror, lease: Lease, url: str, folder: RunFolder, failed: bool, tell: Callable[[str], None]
+) -> None:
     mirror.tell = tell  # the run's own display is gone by now
-    num_bytes = sum(path.stat().st_size for path in folder.path.rglob("*") if path.is_file())
+    num_bytes = folder_bytes(folder.path)
+    tell(f"bringing what is left to {url}; until that is done everything is in {folder.path}")
     try:
         mirror.close(LAST_UPLOAD_S + num_bytes / SLOWEST_BYTES_PER_S)
-        lease.release()
     except FilesError as error:
         if not failed:
             raise
         tell(str(error))  # the reason that the run failed for must not be hidden
         return
+    # Before the release: who has the lease next on this machine works in a folder of the same name.
     shutil.rmtree(folder.path, ignore_errors=True)
+    try:
+        lease.release()
+    except FilesError as error:
+        tell(f"everything is at {url}, but the claim could not be given up and ends by itself: {error}")
 
 
 def _begin(
@@ -98,15 +130,16 @@ def _begin(
     resume: bool,
     overwrite: bool,
     tell: Callable[[str], None],
+    check: Callable[[], object],
 ) -> dict[str, Stamp]:
-    """Makes staging folder and URL agree; returns the files that are the same in both."""
+    """Makes staging folder and URL agree; returns the files that are in both."""
     sizes = remote.sizes()
     there = "run.json" in sizes or "metrics.jsonl" in sizes
     if overwrite and not resume:
         own = [name for name in sizes if folder.is_own(name) or name.split("/")[0] == SCRATCH_DIRECTORY]
+        _clear(folder.path)  # first, as it may refuse
         # run.json last: what a crash leaves still says that it holds a run.
         remote.remove(sorted(own, key=lambda name: name == folder.status_file.name))
-        _clear(folder.path)
         return {}
     if not resume:
         if there:
@@ -114,18 +147,44 @@ def _begin(
                 f"run_dir: {remote.url} already holds a run. Continue it with --resume, keep it by giving another "
                 "`run_dir`, or replace it with --overwrite"
             )
+        if folder.holds_run():
+            raise ConfigError(
+                f"run_dir: {folder.path} holds a run that was not uploaded to {remote.url}. Continue it with --resume, "
+                "or replace it with --overwrite"
+            )
         _clear(folder.path)
         return {}
     if folder.holds_run() and (last_staging in (None, _staging_id(folder.path)) or not there):
         tell(f"{folder.path} has what was not uploaded to {remote.url}; the run goes on from there")
-        return {}
+        check()
+        # Not what only the URL has: it is from another machine, and of before this one went on.
+        both = [name for name in sizes if name.split("/")[0] != CHECKPOINTS and (folder.path / name).is_file()]
+        return dict.fromkeys(both, UNKNOWN)
     if not there:
         raise ConfigError(f"nothing to resume: {remote.url} holds no run. Leave out --resume to start one there")
+    if folder.holds_run():
+        tell(f"{folder.path} is older than what another machine left at {remote.url}, and replaced by that")
     _clear(folder.path)
+    try:
+        return _bring(remote, folder, sizes, tell, check)
+    except BaseException:
+        _clear(folder.path)  # a part of a run must not be taken for one
+        raise
+
+
+def _bring(
+    remote: RemoteFolder,
+    folder: RunFolder,
+    sizes: dict[str, int],
+    tell: Callable[[str], None],
+    check: Callable[[], object],
+) -> dict[str, Stamp]:
+    """Downloads what a run that goes on needs into an empty folder; returns what is the same in both."""
     # What a run that goes on reads or appends to. Not the rollouts, which it only adds to.
     continued = (SCRATCH_DIRECTORY, folder.spans.name, folder.tracking.name)
     wanted = [name for name in sizes if name != LEASE_FILE and ("/" not in name or name.split("/")[0] in continued)]
     sent = download_run(remote, folder.path, wanted)
+    check()
     step = download_checkpoint(remote, folder.path, sizes, tell)
     if step is not None:
         # The run makes these again: what is truncated here is not known to be there.
@@ -144,7 +203,7 @@ def _clear(staging: Path) -> None:
 
 def _forget(folder: RunFolder) -> None:
     """Removes a staging folder that was made for a run which then did not begin."""
-    if not folder.holds_run():
+    if not folder.holds_run() and not folder.is_claimed():
         shutil.rmtree(folder.path, ignore_errors=True)
 
 

@@ -27,6 +27,11 @@ class SamplingConfig(Section):
         """The same length limit, always the likeliest token."""
         return SamplingConfig(temperature=0.0, max_tokens=self.max_tokens)
 
+    def filters(self) -> list[str]:
+        """Which settings leave out part of the vocabulary, with their values: `top_p 0.9`."""
+        settings = (("top_p", self.top_p, 1.0), ("top_k", self.top_k, 0), ("min_p", self.min_p, 0.0))
+        return [f"{name} {value:g}" for name, value, off in settings if value != off]
+
 
 class RolloutConfig(Section):
     """What one step samples."""

@@ -61,6 +61,12 @@ def append_whole(path: Path, content: str) -> None:
             raise
 
 
+def refuse_both(*, resume: bool, overwrite: bool) -> None:
+    """Raises ConfigError for two wishes that exclude each other."""
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite were both given: resume keeps the run, overwrite removes it")
+
+
 def installed_versions() -> dict[str, str]:
     """Versions of what a run depends on, read from package metadata (importing them would take seconds)."""
     versions = {"weaver-rl": __version__}
@@ -223,8 +229,7 @@ class RunFolder:
         Refuses with a ConfigError: a folder held by a live process; a folder with a run unless `resume` or
         `overwrite`; `resume` where there is no run. `overwrite` removes the run's own files and nothing else.
         """
-        if resume and overwrite:
-            raise ConfigError("--resume and --overwrite were both given: resume keeps the run, overwrite removes it")
+        refuse_both(resume=resume, overwrite=overwrite)
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"run_dir: {self.path} is a file; give a directory")
         if resume and not self.holds_run():

@@ -14,11 +14,23 @@ from typing import Annotated, Any
 from pydantic import PlainValidator
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::|://)")
+_PASSWORD = re.compile(r"://[^/]*:[^/]*@")
 
 
 def is_url(text: str) -> bool:
     """Whether it names a place by a scheme: `s3://bucket/runs/x`, `file:///data/x`; a path does not."""
     return _URL.match(text) is not None
+
+
+def has_password(url: str) -> bool:
+    """Whether there is one in it, which every log and the run folder itself would show."""
+    return _PASSWORD.search(url) is not None
+
+
+PASSWORD_REFUSED = (
+    "the URL has a password in it, which logs and config.json would show; leave it out and set the environment "
+    "variable FSSPEC_SCHEME_PASSWORD, with the scheme in place of SCHEME"
+)
 
 
 def staging_folder(url: str) -> Path:
@@ -31,6 +43,8 @@ def staging_folder(url: str) -> Path:
 
 def _path_or_url(value: Any) -> Any:
     if isinstance(value, str):
+        if has_password(value):
+            raise ValueError(PASSWORD_REFUSED)
         return value.rstrip("/") if is_url(value) else Path(value)
     if value is None or isinstance(value, Path):
         return value

@@ -8,11 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import sqlite3
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from weaver_rl.checkpoints import MANIFEST, find_damage
@@ -30,15 +31,21 @@ CHECKPOINTS = "checkpoints"
 WORK = ".mirror"
 """Directory in the run folder for what is on its way."""
 
+_CHECKPOINT = re.compile(rf"{CHECKPOINTS}/(step_\d{{6,}})/.+")
+"""Others that lie there are somebody's own."""
+
 Stamp = tuple[int, int]
 """Size and time of change of a file."""
+UNKNOWN: Stamp = (-1, -1)
+"""Of a file that is at the URL with a content that is not known to be the one here."""
 
 
 class RunMirror:
     """Uploads a run folder while the run writes it. `close` brings up the rest.
 
     Args:
-        sent: files that are at the URL as they are here, by name.
+        keep: how many of the newest checkpoints stay at the URL, whether they are here or not.
+        sent: files that are at the URL, by name; as they are here unless the stamp is `UNKNOWN`.
         tell: is told when uploads begin to fail, and when they go on.
     """
 
@@ -48,6 +55,7 @@ class RunMirror:
         remote: RemoteFolder,
         lease: Lease,
         *,
+        keep: int,
         sent: dict[str, Stamp] | None = None,
         tell: Callable[[str], None] = lambda note: None,
         every_s: float = EVERY_S,
@@ -55,6 +63,7 @@ class RunMirror:
         self._folder = folder
         self._remote = remote
         self._lease = lease
+        self._keep = keep
         self._sent = dict(sent or {})
         self._sent_at: dict[str, float] = {}
         self.tell = tell
@@ -86,9 +95,14 @@ class RunMirror:
                 else:
                     return
             if self._lease.lost is not None or time.monotonic() + pause_s > end:
+                what_next = (
+                    "a run at this URL from here replaces it: move it elsewhere to keep it"
+                    if self._lease.lost is not None
+                    else "the next --resume from here goes on from it and uploads it"
+                )
                 raise FilesError(
                     f"the run folder could not be brought to {self._remote.url} ({failure}). Everything is in "
-                    f"{self._folder.path} on this machine; the next --resume from here goes on from it and uploads it"
+                    f"{self._folder.path} on this machine; {what_next}"
                 )
             time.sleep(pause_s)
             pause_s = min(2 * pause_s, MAX_PAUSE_S)
@@ -107,12 +121,13 @@ class RunMirror:
                 # A run of weeks has many files to look at: that may take a twentieth of one core.
                 self._failure, pause_s = None, max(self._every_s, 20 * (time.thread_time() - began))
             except (FilesError, OSError, sqlite3.Error) as error:
-                if self._failure is None:
+                if self._failure is None and self._lease.lost is None:
                     self.tell(f"{error}; the run goes on, and so do attempts to upload it")
                 self._failure, pause_s = str(error), min(2 * pause_s, MAX_PAUSE_S)
 
     def upload(self, *, is_last: bool = False) -> None:
         """One pass over the folder; raises at the first file that does not go up."""
+        self._lease.confirm()
         if self._sent and not self._folder.holds_run():
             # Else all of the run would be taken for removed, and removed at the URL.
             raise FilesError(f"{self._folder.path} is gone or holds no run any more; {self._remote.url} stays as it is")
@@ -120,15 +135,18 @@ class RunMirror:
             self._remove_undone()
             everything = is_last or snapshot is not None
             self._upload_ordinary(everything)
+            self._upload_spans(is_last)
             if snapshot is None:
                 self._upload_journal(everything)
             else:
                 # The journal after the checkpoint and before its manifest: it must tell of every step before it.
                 name = f"{CHECKPOINTS}/{snapshot.name}"
-                for path in _files(snapshot, hidden=True):
+                for path in _files(snapshot, checkpoint=True):
                     self._remote.upload(snapshot / path, f"{name}/{path}")
                 self._upload_journal(everything)
                 self._remote.upload(snapshot.parent / MANIFEST, f"{name}/{MANIFEST}")
+        if is_last:
+            self._upload_older_checkpoints()
         self._prune()
 
     # -- parts of a pass -------------------------------------------------------------------------------------------
@@ -154,7 +172,7 @@ class RunMirror:
             if uploaded == manifest:
                 return None
             snapshot = work / newest.name
-            for name in _files(newest, hidden=True):  # torch calls a part of a sharded checkpoint `.metadata`
+            for name in _files(newest, checkpoint=True):  # torch calls a part of a sharded checkpoint `.metadata`
                 (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
                 _link(newest / name, snapshot / name)
         except FileNotFoundError:
@@ -165,6 +183,15 @@ class RunMirror:
             self._remote.remove([f"{CHECKPOINTS}/{newest.name}/{MANIFEST}"])
         return snapshot
 
+    def _upload_older_checkpoints(self) -> None:
+        """Those that are kept here and were not the newest for long enough to get to the URL; the run has ended."""
+        there = self._remote_checkpoints()
+        for checkpoint in self._sealed():
+            name, folder = f"{CHECKPOINTS}/{checkpoint}", self._folder.checkpoints / checkpoint
+            if f"{name}/{MANIFEST}" not in there.get(checkpoint, ()):
+                for path in (*_files(folder, checkpoint=True), MANIFEST):
+                    self._remote.upload(folder / path, f"{name}/{path}")
+
     def _remove_undone(self) -> None:
         """Checkpoints at the URL that are newer than the newest here: the run went back behind them.
 
@@ -174,22 +201,25 @@ class RunMirror:
         if not sealed:
             return
         for name, files in self._remote_checkpoints().items():
-            if name > sealed[-1]:
+            if _step(name) > _step(sealed[-1]):
                 self._remove_checkpoint(name, files)
 
     def _prune(self) -> None:
         """What went here goes there: files that were sent, and checkpoints older than the newest that is whole there.
 
-        Never that one: where checkpoints come faster than they go up it is gone here by now.
+        Never that one: where checkpoints come faster than they go up it is gone here by now. Nor those that are to be
+        kept: a run that goes on on another machine brings only the newest there.
         """
+        self._lease.confirm()  # what was uploaded before this may have taken hours
         gone = [name for name in self._sent if not (self._folder.path / name).exists()]
         self._remote.remove(gone)
         for name in gone:
             del self._sent[name]
         sealed, there = self._sealed(), self._remote_checkpoints()
-        newest = max((n for n, files in there.items() if f"{CHECKPOINTS}/{n}/{MANIFEST}" in files), default="")
+        whole = [name for name, files in there.items() if f"{CHECKPOINTS}/{name}/{MANIFEST}" in files]
+        kept = {*sealed, *whole[-self._keep :]}
         for name, files in there.items():
-            if name < newest and name not in sealed and not self._is_pinned(name):
+            if whole and _step(name) < _step(whole[-1]) and name not in kept and not self._is_pinned(name):
                 self._remove_checkpoint(name, files)
 
     def _remove_checkpoint(self, name: str, files: list[str]) -> None:
@@ -204,26 +234,34 @@ class RunMirror:
             return False
 
     def _remote_checkpoints(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for name in self._remote.sizes(CHECKPOINTS):
-            found.setdefault(name.split("/")[1], []).append(name)
-        return found
+        return _by_checkpoint(self._remote.sizes(CHECKPOINTS))
 
     def _upload_ordinary(self, everything: bool) -> None:
-        """All but checkpoints, the journal and what is hidden; the policy only when the run has ended."""
+        """All but checkpoints, the journal, spans and what is hidden; the policy only when the run has ended."""
         for name in _files(self._folder.path):
             top = name.partition("/")[0]
             journal = self._folder.journal.name
-            if top in (CHECKPOINTS, self._folder.scale_file.name) or top.startswith(journal):
+            if top in (CHECKPOINTS, self._folder.scale_file.name, self._folder.spans.name) or top.startswith(journal):
                 continue
             if top == self._folder.policy.name and not self._closing.is_set():
                 continue
             self._upload_changed(name, self._folder.path / name, everything)
 
-    def _upload_changed(self, name: str, path: Path, everything: bool) -> None:
+    def _upload_spans(self, is_last: bool) -> None:
+        """Every actor has a file that grows, and no checkpoint needs them: all together they go up as one would."""
+        spans = self._folder.spans
+        names = _files(spans) if spans.is_dir() else []
+        num_bytes = 0
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):  # it is being renamed
+                num_bytes += _stamp(spans / name)[0]
+        for name in names:
+            self._upload_changed(f"{spans.name}/{name}", spans / name, is_last, num_bytes)
+
+    def _upload_changed(self, name: str, path: Path, everything: bool, together_B: int = 0) -> None:
         try:
             stamp = _stamp(path)
-            if self._sent.get(name) == stamp or (not everything and self._is_early(name, stamp[0])):
+            if self._sent.get(name) == stamp or (not everything and self._is_early(name, max(stamp[0], together_B))):
                 return
             self._remote.upload(path, name)
         except FilesError:
@@ -260,13 +298,41 @@ class RunMirror:
     def _sealed(self) -> list[str]:
         """Names of the checkpoints here, in order."""
         folder = self._folder.checkpoints
-        return sorted(p.name for p in folder.glob("step_*") if (p / MANIFEST).is_file()) if folder.is_dir() else []
+        return list(_by_checkpoint(f"{CHECKPOINTS}/{p.parent.name}/{p.name}" for p in folder.glob(f"*/{MANIFEST}")))
 
 
-def _files(directory: Path, *, hidden: bool = False) -> list[str]:
-    """Files below a directory, relative to it; without a checkpoint's manifest."""
-    names = (path.relative_to(directory) for path in directory.rglob("*") if path.is_file() and path.name != MANIFEST)
-    return sorted(n.as_posix() for n in names if hidden or not any(part.startswith(".") for part in n.parts))
+def _by_checkpoint(names: Iterable[str]) -> dict[str, list[str]]:
+    """Files of every checkpoint, whole or not; the oldest one first."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        if match := _CHECKPOINT.fullmatch(name):
+            found.setdefault(match[1], []).append(name)
+    return dict(sorted(found.items(), key=lambda item: _step(item[0])))
+
+
+def _step(checkpoint: str) -> int:
+    return int(checkpoint.removeprefix("step_"))
+
+
+def _files(directory: Path, *, checkpoint: bool = False) -> list[str]:
+    """Files below a directory, relative to it; of a checkpoint hidden ones too, but not its manifest."""
+    found = []
+    for parent, folders, names in os.walk(directory):  # not `rglob`: the run removes folders meanwhile
+        folders[:] = [name for name in folders if checkpoint or not name.startswith(".")]
+        paths = [Path(parent) / name for name in names if checkpoint or not name.startswith(".")]
+        found += [path.relative_to(directory).as_posix() for path in paths if path.is_file()]
+    if checkpoint and MANIFEST in found:
+        found.remove(MANIFEST)
+    return sorted(found)
+
+
+def folder_bytes(directory: Path) -> int:
+    """What is in a folder that may be changing."""
+    num_bytes = 0
+    for name in _files(directory, checkpoint=True):
+        with contextlib.suppress(FileNotFoundError):
+            num_bytes += _stamp(directory / name)[0]
+    return num_bytes
 
 
 def _newest_event(journal: sqlite3.Connection) -> int:
@@ -293,6 +359,9 @@ def _stamp(path: Path) -> Stamp:
 def download_run(remote: RemoteFolder, folder: Path, names: list[str]) -> dict[str, Stamp]:
     """Brings files of a run here; returns what is here as it is there."""
     for name in names:
+        # Object stores take any name; the folder may be somebody else's.
+        if name.startswith("/") or ".." in name.split("/"):
+            raise FilesError(f"{remote.url} has a file {name}, which leads out of the run folder: not downloaded")
         remote.download(name, folder / name)
     return {name: _stamp(folder / name) for name in names}
 
@@ -301,17 +370,14 @@ def download_checkpoint(
     remote: RemoteFolder, folder: Path, sizes: dict[str, int], warn: Callable[[str], None]
 ) -> int | None:
     """Brings the newest checkpoint that is whole into the run folder; returns its step, None when there is none."""
-    found: dict[str, list[str]] = {}
-    for name in sizes:
-        if name.startswith(f"{CHECKPOINTS}/step_"):
-            found.setdefault(name.split("/")[1], []).append(name)
-    for checkpoint in sorted(found, reverse=True):
+    found = _by_checkpoint(sizes)
+    for checkpoint in reversed(found):
         if f"{CHECKPOINTS}/{checkpoint}/{MANIFEST}" not in found[checkpoint]:
             continue  # its upload was cut off
         download_run(remote, folder, found[checkpoint])
         damage = find_damage(folder / CHECKPOINTS / checkpoint)
         if damage is None:
-            return int(checkpoint.removeprefix("step_"))
+            return _step(checkpoint)
         warn(f"checkpoint {remote.url}/{CHECKPOINTS}/{checkpoint} is damaged ({damage}); trying the one before it")
         shutil.rmtree(folder / CHECKPOINTS / checkpoint, ignore_errors=True)
     return None

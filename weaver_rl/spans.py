@@ -22,6 +22,9 @@ from typing import Any, Self, TypeVar
 Attribute = str | int | float | bool
 Function = TypeVar("Function", bound=Callable[..., Any])
 
+Process = tuple[int, float]
+"""Its number and `Spans.anchor_s`: an actor that is made anew on another node may have the same number there."""
+
 MAX_SPANS = 10_000
 """A process keeps the newest so many that nobody has asked for."""
 MAX_TRACKS = 200
@@ -78,6 +81,11 @@ class Spans:
     drained_at_s: float
     num_dropped: int = 0
     """Spans that were lost because nobody asked for too long."""
+
+    @property
+    def process(self) -> Process:
+        """Tells the process from every other one."""
+        return self.pid, self.anchor_s
 
     def moved(self, seconds: float) -> Spans:
         """The same on a clock that is so much ahead."""

@@ -83,17 +83,23 @@ def collect_code(names: Sequence[str], base_dir: Path) -> UserCode:
                 if (start / package).is_dir() or (start / f"{package}.py").is_file():
                     _add(found, _beside(start), start, base_dir)
                     break
-    if (total := _size(found)) > MAX_BYTES or len(found) > MAX_FILES:
-        problem = (
-            f"the Python files beside the rewards and the task are {len(found):,} of {total / 1e6:,.1f} MB; at most "
-            f"{MAX_FILES:,} of {MAX_BYTES / 1e6:.0f} MB travel"
-        )
+    root = Path(os.path.commonpath([base_dir, *(path.parent for path in found)]))
+    files: tuple[CodeFile, ...] = ()
+    try:
+        if (total := _size(found)) > MAX_BYTES or len(found) > MAX_FILES:
+            problem = (
+                f"the Python files beside the rewards and the task are {len(found):,} of {total / 1e6:,.1f} MB; at "
+                f"most {MAX_FILES:,} of {MAX_BYTES / 1e6:.0f} MB travel"
+            )
+        if problem is None:
+            files = tuple(
+                CodeFile(name=path.relative_to(root).as_posix(), content=found[path].read_bytes())
+                for path in sorted(found)
+            )
+    except OSError as error:  # of a file that happens to lie there: a run of one node does not need it
+        problem = f"{error.filename or 'a file beside them'} cannot be read ({error.strerror})"
     if problem is not None:
         return UserCode(base_dir=base_dir, working_dir=working_dir, base="", files=(), problem=problem)
-    root = Path(os.path.commonpath([base_dir, *(path.parent for path in found)]))
-    files = tuple(
-        CodeFile(name=path.relative_to(root).as_posix(), content=found[path].read_bytes()) for path in sorted(found)
-    )
     return UserCode(base_dir=base_dir, working_dir=working_dir, base=base_dir.relative_to(root).as_posix(), files=files)
 
 
@@ -154,7 +160,8 @@ def _beside(directory: Path) -> Iterator[Path]:
         if path.is_file():
             yield path
     for package in sorted(directory.glob("*/__init__.py")):
-        yield from sorted(path for path in package.parent.rglob("*.py") if path.is_file())
+        # Unsorted, to stop at MAX_FILES: a package may hold anything, environments and data sets among it.
+        yield from (path for path in package.parent.rglob("*.py") if path.is_file())
 
 
 def _size(found: dict[Path, Path]) -> int:

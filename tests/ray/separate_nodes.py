@@ -20,6 +20,7 @@ from pathlib import Path
 
 import psutil
 from conftest import REPOSITORY
+from fault_parts import gone
 from test_nodes import actors_on, kill_node, processes_of
 
 RAY = str(Path(sys.executable).with_name("ray"))
@@ -49,6 +50,11 @@ class Node:
     def actors(self) -> set[str]:
         """Kinds of a run's actors on this node."""
         return actors_on(self.process)
+
+    def processes(self, kind: str) -> list[psutil.Process]:
+        """Those of the actors of a class on this node."""
+        titles = {process: " ".join(process.cmdline()) for process in processes_of(self.process) if not gone(process)}
+        return [process for process, title in titles.items() if title.startswith(f"ray::{kind}")]
 
     def command(self, *command: str) -> list[str]:
         """A command that sees the files that the node sees."""
@@ -114,9 +120,6 @@ class SeparateNodes:
             if STARTED in line:
                 return node
         raise AssertionError("".join(lines))
-
-    def processes(self) -> list[psutil.Process]:
-        return [found for node in self.nodes if node.process.poll() is None for found in processes_of(node.process)]
 
     def close(self) -> None:
         for node in reversed(self.nodes):

@@ -17,8 +17,9 @@ import pytest
 import yaml
 from conftest import COMMAND, TINY
 from fault_parts import GoingRun
-from separate_nodes import SeparateNodes, can_separate, environment, free_port
+from separate_nodes import Node, SeparateNodes, can_separate, environment, free_port
 
+from weaver_rl.live_state import LiveState, read_live_state
 from weaver_rl.rollout_files import read_rollouts
 from weaver_rl.run_folder import RunFolder
 
@@ -95,7 +96,7 @@ def write_run(directory: Path, **changes: Any) -> Path:
         "cluster": {"start_timeout_s": 20.0},
     } | changes
     config["model"] |= {"max_position_embeddings": 512}
-    config["rollout"] |= {"max_lag": 1, "sampling": {"temperature": 1.0, "max_tokens": 150}}
+    config["rollout"] |= {"max_lag": 1, "sampling": {"temperature": 1.0, "max_tokens": 200}}
     path = directory / "run.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
@@ -143,6 +144,27 @@ def ended(it: GoingRun) -> int:
         raise AssertionError(f"no end within {DEADLINE_S:g} s\n{it.live()}\n{it.output[-6000:]}") from None
 
 
+def written_after(it: GoingRun, time_s: float) -> LiveState | None:
+    """What the run last said of itself, if that was a second later or more."""
+    live = read_live_state(it.folder.live_file)
+    return live if live is not None and live.time_s > time_s + 1 else None
+
+
+def stop_at_work(it: GoingRun, node: Node) -> None:
+    """Stops (SIGSTOP) the sampler of a node while it has groups, which it will not finish then."""
+    [sampler] = node.processes("Sampler")
+    for _ in range(5):
+        before = it.now()
+        seen_until(lambda before=before: it.events("dispatched", before), it)
+        sampler.suspend()
+        stopped_at = time.time()
+        live = seen_until(lambda at=stopped_at: written_after(it, at), it)
+        if any(s["pid"] == sampler.pid and "owes 0" not in s["doing"] for s in live.facts["samplers"]):
+            return
+        sampler.resume()
+    raise AssertionError(f"the sampler had no work whenever it was stopped\n{it.output[-3000:]}")
+
+
 def by_actor(cluster: SeparateNodes) -> dict[str, set[str]]:
     return {node.name: node.actors() for node in cluster.nodes if node.process.poll() is None}
 
@@ -152,7 +174,7 @@ def test_a_run_spread_over_nodes_outlives_a_samplers_node_and_ends_with_the_lear
     nodes: SeparateNodes, tmp_path: Path
 ) -> None:
     head, learners, samplers = nodes.nodes
-    config = write_run(tmp_path / "work", num_steps=5, sampler={"num_replicas": 2, **_engine()})
+    config = write_run(tmp_path / "work", num_steps=7, sampler={"num_replicas": 2, **_engine()})
     run_dir = tmp_path / "run"
     if can_separate():
         assert head.sees(run_dir)
@@ -169,12 +191,13 @@ def test_a_run_spread_over_nodes_outlives_a_samplers_node_and_ends_with_the_lear
             assert len(samplers.files("models/*")) == 1
             assert not head.files("models/* code/*")
         step = it.step()
+        stop_at_work(it, samplers)
         samplers.kill()
         assert ended(it) == 0, it.output[-6000:]
     lost = [event.detail["subject"] for event in it.events("noted") if event.detail["what"] == "lost"]
     assert [subject for subject in lost if subject.startswith("sampler")], it.output
     assert it.events("reissued")
-    assert step < it.step() == 6
+    assert step < it.step() == 8
     assert it.audit().ok, it.audit().violations
     assert (run_dir / "policy" / "config.json").is_file()
     assert not learners.files("on_their_way/*")
@@ -184,7 +207,7 @@ def test_a_run_spread_over_nodes_outlives_a_samplers_node_and_ends_with_the_lear
     # It goes on from a checkpoint that the learner's node never kept; then that node goes, and there is no other.
     more = ("--resume", "num_steps=60", "sampler.num_replicas=1", "cluster.start_timeout_s=10")
     with going(training(nodes, config, f"run_dir={run_dir}", *more), run_dir) as again:
-        seen_until(lambda: again.step() >= 7, again)
+        seen_until(lambda: again.step() >= 9, again)
         if can_separate() and "RewardActor" in learners.actors():
             assert len(learners.files("code/*")) == 1
         learners.kill()

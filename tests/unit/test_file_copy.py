@@ -54,6 +54,18 @@ def test_files_of_the_same_size_with_other_content_are_not_the_same(source: Path
     assert not has_files(tmp_path / "other", facts)
 
 
+def test_a_layer_of_a_large_model_that_differs_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(file_copy, "SAMPLE_EVERY_BYTES", 2 * SAMPLE_BYTES)
+    content = bytearray(300 * SAMPLE_BYTES)
+    (tmp_path / "weights").write_bytes(content)
+    facts = describe(tmp_path)
+    for layer in range(0, 300, 23):
+        changed = bytearray(content)
+        changed[layer * SAMPLE_BYTES : (layer + 2) * SAMPLE_BYTES] = b"1" * 2 * SAMPLE_BYTES
+        (tmp_path / "weights").write_bytes(changed[: len(content)])
+        assert not has_files(tmp_path, facts)
+
+
 def test_a_missing_file_is_noticed_and_another_one_does_not_matter(source: Path, tmp_path: Path):
     shutil.copytree(source, tmp_path / "other")
     (tmp_path / "other" / "more").touch()

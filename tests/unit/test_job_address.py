@@ -44,6 +44,7 @@ def test_an_address_is_made_a_url(given: str, url: str):
         ("head:10001", "Ray Client"),
         ("http://head:port", "the port is no number"),
         ("http://", "no host"),
+        ("http://[::1", "Invalid IPv6 URL"),
         ("grpc://head:1", "jobs go to the dashboard by HTTP"),
     ],
 )

@@ -118,6 +118,43 @@ def test_a_directory_of_everything_is_not_packed_for_one_file(work: Path, tmp_pa
     loads(in_the_job(package, tmp_path, monkeypatch))
 
 
+def test_a_configuration_in_a_directory_of_everything_travels_with_what_it_names(work: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(work))
+    write(work / "mine.py", REWARD)
+    write(work / "letters.txt")
+    package = planned(configured(work / "run.yaml", "[{name: 'mine.py:one'}]"))
+    assert set(package.files) == {"run.yaml", "mine.py"}
+    assert "only what the configuration names" in package.notes[0]
+
+
+SECRETS = (
+    ".env",
+    ".env.local",
+    ".netrc",
+    ".ssh/id_rsa",
+    ".aws/credentials",
+    ".kube/config",
+    "deploy.pem",
+    "id_ed25519",
+)
+
+
+@pytest.mark.parametrize("secret", SECRETS)
+def test_what_lets_somebody_in_stays_here(work: Path, secret: str):
+    write(work / "configs" / secret)
+    config = configured(work / "configs" / "run.yaml", "[{name: task}]")
+    assert set(planned(config, working_dir=work).files) == {"configs/run.yaml"}
+
+
+def test_a_link_to_everything_is_not_followed(work: Path, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    write(tmp_path / "home" / "letters.txt")
+    config = configured(work / "configs" / "run.yaml", "[{name: task}]")
+    (work / "configs" / "home").symlink_to(tmp_path / "home")
+    (work / "configs" / "root").symlink_to("/")
+    assert set(planned(config).files) == {"run.yaml"}
+
+
 def test_what_is_ignored_stays_here_unless_the_configuration_names_it(work: Path):
     config = configured(work / "configs" / "run.yaml", "[{name: task}]", "{name: jsonl, path: ../data/rows.jsonl}")
     for name in ("data/rows.jsonl", "data/more.jsonl", ".git/HEAD", ".venv/bin/python", "runs/a/metrics.jsonl"):

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weaver_rl.errors import UserError
-from weaver_rl.ledger import AWAITED, BUSY, STATES, ActorLife, LedgerRow, StepWindow, ledger_rows, read_ledger
+from weaver_rl.ledger import AWAITED, BUSY, STATES, ActorLife, LedgerRow, StepWindow, _topmost, ledger_rows, read_ledger
 from weaver_rl.spans import Span
 
 pytestmark = pytest.mark.unit
@@ -40,6 +40,12 @@ def a_life(
 def seconds_of(lives: Sequence[ActorLife]) -> dict[str, dict[str, float]]:
     rows = ledger_rows(WINDOW, lives)
     return {row.actor: {state: round(value, 3) for state, value in row.seconds.items()} for row in rows}
+
+
+def test_what_one_state_follows_in_is_one_piece():
+    spans = [(0.0, 2.0, "reward/score"), (1.0, 3.0, "reward/score"), (3.0, 4.0, "reward/score")]
+    expected = [(0.0, 4.0, "reward/score")]
+    assert _topmost(spans, 0.0, 9.0, len) == expected, "a piece for each of many actors is looked at for each of them"
 
 
 def test_a_synchronous_step():
@@ -206,9 +212,10 @@ def test_rows_are_read_as_they_were_written(tmp_path: Path):
     row = LedgerRow(step=7, phase="train", actor="sampler 0", role="sampler", seconds={"generate": 1.25})
     path.write_text(row.to_json() + row.to_json() + '{"step": 8')
     assert list(read_ledger(path)) == [row, row]
-    path.write_text('{"step": 8}\n')
-    with pytest.raises(UserError, match="line 1 is no row of a ledger"):
-        list(read_ledger(path))
+    for damaged in (b'{"step": 8}\n', b"[1]\n", b"garbage \xff\n"):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match="line 1 is no row of a ledger"):
+            list(read_ledger(path))
 
 
 def test_every_state_is_in_the_documentation():

@@ -10,7 +10,7 @@ import pytest
 
 from weaver_rl.ledger import CONTROLLER, REWOUND, STEP, LedgerRow, read_ledger
 from weaver_rl.ledger_keeper import LedgerKeeper, truncate_ledger
-from weaver_rl.spans import Span, Spans
+from weaver_rl.spans import Process, Span, Spans
 
 pytestmark = pytest.mark.unit
 
@@ -33,6 +33,7 @@ class Run:
         *spans: tuple[str, float, float] | tuple[str, float, float, int],
         lasting: Sequence[tuple[str, float]] = (),
         pid: int | None = None,
+        anchor: float = 0.0,
         begun: float = 0.0,
     ) -> None:
         self.keeper.tell(
@@ -42,14 +43,14 @@ class Run:
                 spans=tuple(a_span(*span) for span in spans),
                 lasting=tuple(a_span(name, begin, until) for name, begin in lasting),
                 pid=pid or PIDS[actor],
-                anchor_s=0.0,
+                anchor_s=anchor,
                 begun_s=EPOCH + begun,
                 drained_at_s=EPOCH + until,
             ),
         )
 
     def write(self, *actors: str, waited_for: Sequence[str] = (), is_last: bool = False) -> list[LedgerRow]:
-        living: set[tuple[str, int | None]] = {(actor, PIDS[actor]) for actor in (CONTROLLER, *actors)}
+        living: set[tuple[str, Process | None]] = {(actor, (PIDS[actor], 0.0)) for actor in (CONTROLLER, *actors)}
         return self.keeper.write(living | {(actor, None) for actor in waited_for}, is_last=is_last)
 
     def rows(self) -> list[tuple[int, str, dict[str, float]]]:
@@ -113,6 +114,18 @@ def test_one_that_has_never_told_anything_is_waited_for(run: Run):
     assert run.rows()[1] == (1, "sampler 0", {"wait for controller": 4.0})
 
 
+def test_one_that_finds_no_place_holds_up_the_ledger_only_once(run: Run):
+    run.tell(CONTROLLER, 12, (STEP, 0, 10, 1))
+    assert run.write(waited_for=["sampler 0"]) == []
+    run.time = 41
+    run.tell(CONTROLLER, 41, (STEP, 10, 40, 2))
+    assert [row.step for row in run.write(waited_for=["sampler 0"])] == [1, 2]
+    run.time = 42
+    run.tell(CONTROLLER, 42, (STEP, 40, 41.5, 3))
+    assert run.write(waited_for=["sampler 0", "sampler 1"]) == []
+    assert [row.step for row in run.write(waited_for=["sampler 0"])] == [3]
+
+
 def test_one_that_hangs_is_waited_for_only_so_long(run: Run):
     run.tell("learner rank 0", 4, ("learner/optim_step", 0, 4))
     run.tell(CONTROLLER, 12, (STEP, 0, 10, 1))
@@ -127,11 +140,19 @@ def test_one_that_died_is_not_waited_for_and_its_successor_begins_later(run: Run
     run.tell("sampler 0", 4, ("sampler/generate", 0, 4))
     run.tell(CONTROLLER, 12, (STEP, 0, 10, 1))
     run.tell("sampler 0", 12, ("sampler/start", 7, 9), pid=22, begun=7)
-    run.keeper.write({(CONTROLLER, 1), ("sampler 0", 22)})
+    run.keeper.write({(CONTROLLER, (1, 0.0)), ("sampler 0", (22, 0.0))})
     assert run.rows()[1] == (1, "sampler 0", {"generate": 4.0, "start": 2.0, "wait for controller": 1.0})
     run.tell(CONTROLLER, 22, (STEP, 10, 20, 2))
     run.write()
     assert run.rows()[2:] == [(2, CONTROLLER, {"other": 10.0}), (2, "sampler 0", {"wait for controller": 2.0})]
+
+
+def test_a_successor_on_another_node_may_have_the_same_number(run: Run):
+    run.tell("sampler 0", 4, ("sampler/generate", 0, 4))
+    run.tell(CONTROLLER, 12, (STEP, 0, 10, 1))
+    run.tell("sampler 0", 12, ("sampler/start", 7, 9), begun=7, anchor=5.0)
+    run.keeper.write({(CONTROLLER, (1, 0.0)), ("sampler 0", (PIDS["sampler 0"], 5.0))})
+    assert run.rows()[1] == (1, "sampler 0", {"generate": 4.0, "start": 2.0, "wait for controller": 1.0})
 
 
 def test_a_run_that_goes_back_forgets_the_steps_after(run: Run):
@@ -148,7 +169,7 @@ def test_a_resumed_run_goes_on_after_a_line_cut_short(run: Run, tmp_path: Path):
     run.path.write_text(run.path.read_text()[:-9])
     again = Run(tmp_path)
     again.tell(CONTROLLER, 50, (REWOUND, 30, 30, 1), (STEP, 40, 50, 2), pid=10)
-    again.keeper.write({(CONTROLLER, 10)})
+    again.keeper.write({(CONTROLLER, (10, 0.0))})
     assert [(step, seconds) for step, _, seconds in again.rows()] == [(1, {"other": 10.0}), (2, {"other": 10.0})]
 
 

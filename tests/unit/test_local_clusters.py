@@ -54,7 +54,7 @@ def test_the_clusters_own_address_is_shown_its_token(written: LocalCluster, addr
     assert environment == {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": written.token_file}
 
 
-@pytest.mark.parametrize("address", [None, "", "10.0.0.5:41003", "http://10.0.0.6:41001", "auto", "local"])
+@pytest.mark.parametrize("address", [None, "", "10.0.0.5:41003", "http://10.0.0.6:41001", "auto", "http://[::1"])
 def test_nobody_else_is(written: LocalCluster, address: str | None):
     environment: dict[str, str] = {}
     show_token_of(address, environment)
@@ -74,6 +74,13 @@ def test_two_commands_do_not_start_or_stop_one_cluster_at_once(written: LocalClu
         cluster_files("default").locked(),
     ):
         pass
+
+
+def test_a_relative_state_directory_counts_for_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """Nodes run in directories of their own, where they would not find the token."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("XDG_STATE_HOME", "state")
+    assert cluster_files("default").directory == tmp_path / ".local" / "state" / "weaver-rl" / "clusters" / "default"
 
 
 def test_a_state_that_is_none_says_which_file(written: LocalCluster):

@@ -130,8 +130,9 @@ def test_a_line_cut_by_a_kill_is_dropped_and_its_step_written_again(folder):
     assert [line.step for line in read_metrics(folder.metrics_file)] == [1, 2]
 
 
-def test_a_damaged_line_in_the_middle_is_named(folder):
-    folder.metrics_file.write_text('{"step": 1}\n')
+@pytest.mark.parametrize("line", [b'{"step": 1}\n', b"[1, 2]\n", b"3\n", b"garbage \xff\n"])
+def test_a_damaged_line_in_the_middle_is_named(folder, line: bytes):
+    folder.metrics_file.write_bytes(line)
     with pytest.raises(UserError, match=r"metrics\.jsonl, line 1"):
         list(read_metrics(folder.metrics_file))
 

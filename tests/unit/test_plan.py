@@ -240,6 +240,9 @@ def test_command(truth: World, tmp_path: Path):
 def test_command_refuses_what_are_no_numbers(truth: World, tmp_path: Path):
     config = tmp_path / "config.yaml"
     config.write_text(truth.config.model_dump_json())
-    ended = CliRunner().invoke(app, ["plan", str(config), "--trace", str(truth.config.folder), "--samplers", "1,two"])
-    assert isinstance(ended.exception, UserError)
-    assert "--samplers is '1,two'; write numbers from 1 on" in str(ended.exception)
+    arguments = ["plan", str(config), "--trace", str(truth.config.folder)]
+    for samplers, words in (("1,two", "from 1 on"), ("100000", "from 1 on, at most 1024")):
+        ended = CliRunner().invoke(app, [*arguments, "--samplers", samplers])
+        assert isinstance(ended.exception, UserError)
+        assert f"--samplers is '{samplers}'; write numbers {words}" in str(ended.exception)
+    assert CliRunner().invoke(app, [*arguments, "--seed", "-1"]).exit_code == 2

@@ -111,6 +111,22 @@ def test_a_checkpoint_of_ranks_far_and_near_is_whole_and_loads_again(four: Four)
     assert four.left_over() == []
 
 
+def test_a_large_checkpoint_may_take_long_to_fetch(four: Four, monkeypatch: pytest.MonkeyPatch):
+    """Though each other answer of a rank must come at once."""
+    limits: dict[str, float] = {}
+
+    async def answer(reference: Any, *, doing: str, timeout_s: float, **_: Any) -> Any:
+        limits[doing] = timeout_s
+        return await reference
+
+    monkeypatch.setattr(rank_files, "answer", answer)
+    monkeypatch.setattr(rank_files, "SLOWEST_BYTES_PER_S", 0.01)
+    asyncio.run(four.group.save_state(four.directory))
+    asyncio.run(four.group.load_state(four.directory))
+    assert limits["fetching files"] == 5.0 + 4 / 0.01
+    assert limits["looking for the run folder"] == 5.0
+
+
 def test_a_node_that_goes_while_its_files_are_fetched_is_a_lost_learner(four: Four, monkeypatch: pytest.MonkeyPatch):
     def gone(*_: Any) -> None:
         raise ActorFailedError("node away did not give the files")

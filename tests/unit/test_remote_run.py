@@ -10,11 +10,11 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from strict_store import StrictStore
 
-from weaver_rl import lease as lease_module
 from weaver_rl import remote_run, run_mirror
 from weaver_rl.checkpoints import Checkpoints, find_damage
 from weaver_rl.errors import ConfigError, FilesError
@@ -33,8 +33,9 @@ URL = "strict://bucket/runs/x"
 @pytest.fixture(autouse=True)
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     StrictStore.empty()
-    monkeypatch.setattr(lease_module, "SETTLE_S", 0.0)
-    monkeypatch.setattr(Lease.__init__, "__kwdefaults__", Lease.__init__.__kwdefaults__ | {"settle_s": 0.0})
+    monkeypatch.setattr(
+        Lease.__init__, "__kwdefaults__", Lease.__init__.__kwdefaults__ | {"settle_s": 0.0, "watch_s": 0.0}
+    )
     move_to("first", tmp_path, monkeypatch)
     yield
     StrictStore.empty()
@@ -86,7 +87,7 @@ def run(tmp_path: Path) -> Run:
 def mirror(run: Run) -> RunMirror:
     remote = RemoteFolder(URL)
     lease = Lease(remote, "s")
-    return RunMirror(run.folder, remote, lease)
+    return RunMirror(run.folder, remote, lease, keep=2)
 
 
 # -- what goes up ------------------------------------------------------------------------------------------------------
@@ -147,6 +148,35 @@ def test_a_large_file_that_grows_waits(run: Run, mirror: RunMirror, monkeypatch:
     assert log()[before:] == ["put rollouts/step_000002.parquet"]
     mirror.upload(is_last=True)
     assert log()[before + 1 :] == ["put metrics.jsonl"]
+
+
+def test_spans_of_many_actors_wait_for_as_long_as_all_of_them_take(
+    run: Run, mirror: RunMirror, monkeypatch: pytest.MonkeyPatch
+):
+    run.folder.spans.mkdir()
+    files = [run.folder.spans / f"sampler-{number}.jsonl" for number in range(100)]
+
+    def grow() -> int:
+        for path in files:
+            with path.open("a") as file:
+                file.write("x" * 1000)
+        before = len(log())
+        mirror.upload()
+        return sum("put spans/" in line for line in log()[before:])
+
+    seconds = 1000.0
+    monkeypatch.setattr(run_mirror, "time", SimpleNamespace(monotonic=lambda: seconds))
+    monkeypatch.setattr(run_mirror, "BYTES_PER_S", 1000.0)
+    assert grow() == 100
+    seconds += 100  # for one of them it is time
+    assert grow() == 0
+    run.checkpoint(1)
+    assert grow() == 0
+    seconds += 500
+    assert grow() == 100
+    grow()
+    mirror.upload(is_last=True)
+    assert StrictStore.files["bucket/runs/x/spans/sampler-7.jsonl"] == files[7].read_bytes()
 
 
 def test_old_checkpoints_go_after_the_new_one_is_there(run: Run, mirror: RunMirror):
@@ -274,7 +304,7 @@ def record(**changes: object) -> None:
 
 
 def test_two_runs_at_one_url_are_refused():
-    with mirrored(URL, RunFolder(staging_folder(URL)), resume=False, overwrite=False, tell=print):
+    with mirrored(URL, RunFolder(staging_folder(URL)), resume=False, overwrite=False, keep=2, tell=print):
         lease = Lease(RemoteFolder(URL), "another")
         with pytest.raises(ConfigError, match=rf"in use by a live run \(process \d+ on {socket.gethostname()}"):
             lease.take()
@@ -309,7 +339,7 @@ def test_who_lost_the_lease_stops_uploading_and_says_so(run: Run):
     lease = Lease(remote, "mine", renew_every_s=0.01)
     lease.take()
     said: list[str] = []
-    mirror = RunMirror(run.folder, remote, lease, tell=said.append, every_s=0.01)
+    mirror = RunMirror(run.folder, remote, lease, keep=2, tell=said.append, every_s=0.01)
     record()
     while lease.lost is None:
         time.sleep(0.01)
@@ -339,7 +369,7 @@ def began(folder: RunFolder) -> Run:
 
 def test_a_run_leaves_everything_at_the_url_and_nothing_here():
     folder = RunFolder(staging_folder(URL))
-    with mirrored(URL, folder, resume=False, overwrite=False, tell=print):
+    with mirrored(URL, folder, resume=False, overwrite=False, keep=2, tell=print):
         began(folder)
         (folder.path / "policy").mkdir()
         (folder.path / "policy" / "config.json").write_text("{}")
@@ -351,12 +381,12 @@ def test_a_killed_run_goes_on_on_another_machine(tmp_path: Path, monkeypatch: py
     folder = RunFolder(staging_folder(URL))
     remote = RemoteFolder(URL)
     run = began(folder)
-    RunMirror(folder, remote, Lease(remote, "s")).upload()
+    RunMirror(folder, remote, Lease(remote, "s"), keep=2).upload()
     del run
     move_to("second", tmp_path, monkeypatch)
     second = RunFolder(staging_folder(URL))
     assert second != folder
-    with mirrored(URL, second, resume=True, overwrite=False, tell=print):
+    with mirrored(URL, second, resume=True, overwrite=False, keep=2, tell=print):
         assert second.metrics_file.read_text() == "1\n2\n3\n"
         assert [event.step for event in read_events(second.journal)] == [1, 2]
         assert [path.name for path in second.checkpoints.iterdir()] == ["step_000002"]
@@ -379,7 +409,7 @@ def test_a_folder_whose_upload_failed_is_kept_and_goes_on_from_itself(monkeypatc
             raise PermissionError("not yours")
 
     def run_against_the_wall() -> None:
-        with mirrored(URL, folder, resume=False, overwrite=False, tell=print):
+        with mirrored(URL, folder, resume=False, overwrite=False, keep=2, tell=print):
             StrictStore.before = fail
             began(folder)
 
@@ -390,7 +420,7 @@ def test_a_folder_whose_upload_failed_is_kept_and_goes_on_from_itself(monkeypatc
     held = read_lease(RemoteFolder(URL))
     assert held is not None
     record(staging=held.staging, renewed_at=0.0)
-    with mirrored(URL, folder, resume=True, overwrite=False, tell=said.append):
+    with mirrored(URL, folder, resume=True, overwrite=False, keep=2, tell=said.append):
         assert folder.metrics_file.read_text() == "1\n2\n3\n"
     assert "was held by process 4711 on node-7" in said[0]
     assert "what was not uploaded" in said[1]
@@ -401,7 +431,7 @@ def test_a_failed_run_is_uploaded_and_its_own_error_is_the_one_that_counts(monke
     folder = RunFolder(staging_folder(URL))
 
     def fail(resume: bool, tell: Callable[[str], None], before: Callable[[], object]) -> None:
-        with mirrored(URL, folder, resume=resume, overwrite=False, tell=tell):
+        with mirrored(URL, folder, resume=resume, overwrite=False, keep=2, tell=tell):
             before()
             raise ZeroDivisionError
 
@@ -423,23 +453,23 @@ def test_a_failed_run_is_uploaded_and_its_own_error_is_the_one_that_counts(monke
 
 def test_a_run_at_the_url_is_not_written_over_by_accident():
     folder = RunFolder(staging_folder(URL))
-    with mirrored(URL, folder, resume=False, overwrite=False, tell=print):
+    with mirrored(URL, folder, resume=False, overwrite=False, keep=2, tell=print):
         began(folder)
     RemoteFolder(URL).write("notes.txt", b"mine")
     with (
         pytest.raises(ConfigError, match="already holds a run"),
-        mirrored(URL, folder, resume=False, overwrite=False, tell=print),
+        mirrored(URL, folder, resume=False, overwrite=False, keep=2, tell=print),
     ):
         pass
     assert not folder.path.exists()
-    with mirrored(URL, folder, resume=False, overwrite=True, tell=print):
+    with mirrored(URL, folder, resume=False, overwrite=True, keep=2, tell=print):
         assert stored() == {"lease.json", "notes.txt"}
         (folder.path / "run.json").write_text("{}")
     shutil.rmtree(folder.path, ignore_errors=True)
     StrictStore.files.clear()
     with (
         pytest.raises(ConfigError, match="nothing to resume: strict://bucket/runs/x holds no run"),
-        mirrored(URL, folder, resume=True, overwrite=False, tell=print),
+        mirrored(URL, folder, resume=True, overwrite=False, keep=2, tell=print),
     ):
         pass
 
@@ -456,7 +486,7 @@ def test_an_unknown_scheme_and_a_missing_package_are_explained(monkeypatch: pyte
 
 def test_a_run_is_read_from_its_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     folder = RunFolder(staging_folder(URL))
-    with mirrored(URL, folder, resume=False, overwrite=False, tell=print) as mirror:
+    with mirrored(URL, folder, resume=False, overwrite=False, keep=2, tell=print) as mirror:
         began(folder)
         assert mirror is not None
         mirror.upload()

@@ -8,6 +8,7 @@ import json
 import math
 import re
 import time
+import tracemalloc
 import xml.etree.ElementTree as ET
 from html.parser import HTMLParser
 from pathlib import Path
@@ -27,6 +28,7 @@ from report_runs import (
 )
 
 from weaver_rl.errors import ConfigError, UserError
+from weaver_rl.ledger import read_ledger
 from weaver_rl.metrics import MetricsLine, MetricsWriter
 from weaver_rl.report import charts, write_curve_svg, write_page, write_report
 from weaver_rl.report.curves import bucketed
@@ -386,6 +388,33 @@ def test_the_ledger_adds_up_to_the_time_of_every_actor(tmp_path):
     for per_state in ledger["seconds"]:
         assert sum(map(sum, per_state)) == pytest.approx(450)
     assert sum(ledger["seconds"][0][0]) == pytest.approx(225)
+
+
+def test_a_long_ledger_does_not_fill_the_memory(tmp_path):
+    folder = make_run(tmp_path, steps=5000)
+    write_ledger(folder, range(1, 5001))
+    run = read_run(tmp_path)
+    tracemalloc.start()
+    try:
+        ledger_data(run)
+        peak_B = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak_B < folder.ledger_file.stat().st_size
+
+
+def test_a_ledger_that_grows_while_it_is_read(tmp_path, monkeypatch):
+    folder = make_run(tmp_path, steps=3)
+    write_ledger(folder, range(1, 3))
+
+    def read_and_grow(path):
+        yield from read_ledger(path)
+        write_ledger(folder, range(1, 4))
+
+    monkeypatch.setattr("weaver_rl.report.idle_ledger.read_ledger", read_and_grow)
+    ledger = ledger_data(read_run(tmp_path))
+    assert ledger["to"][-1] == 2
+    assert sum(map(sum, ledger["seconds"][0])) == pytest.approx(2)
 
 
 def test_a_damaged_ledger_does_not_cost_the_report(tmp_path):

@@ -166,7 +166,7 @@ def test_what_finds_no_room_leaves_no_part_of_it(tmp_path: Path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(OSError, match="File too large"):
             append_whole(path, "second" * 5_000 + "\n")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

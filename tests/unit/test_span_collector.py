@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 
 import pytest
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from actors.span_collector import NodeClocks, SpanCollector, SpanSource
 from actors.span_source import NodeSpans
@@ -60,6 +60,10 @@ async def hang() -> NodeSpans:
 
 async def die() -> NodeSpans:
     raise RayActorError
+
+
+async def fail() -> NodeSpans:
+    raise RayTaskError("drain_spans", "ValueError: no spans here", ValueError()).as_instanceof_cause()
 
 
 @pytest.fixture
@@ -159,3 +163,9 @@ def test_what_goes_wrong_is_told_once_and_stops_nothing(folder: RunFolder, caplo
         collect(folder, [source], [], num_rounds=4)
     assert [record.getMessage() for record in caplog.records if "not complete" in record.getMessage()] != []
     assert len(caplog.records) == 1
+
+
+def test_an_actor_that_answers_with_an_error_is_not_taken_for_dead(folder: RunFolder, caplog: pytest.LogCaptureFixture):
+    with caplog.at_level(logging.WARNING):
+        collect(folder, [SpanSource(actor="sampler 0", role="sampler", handle=FakeActor(fail))], [])
+    assert "no spans here" in caplog.text

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import http.server
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -15,7 +17,9 @@ import pytest
 from weaver_rl.metrics import MetricsWriter, read_metrics
 from weaver_rl.run_folder import RunFolder
 from weaver_rl.tracking.config import MlflowConfig, TrackingConfig, WandbConfig
+from weaver_rl.tracking.mlflow_run import MlflowRun
 from weaver_rl.tracking.sinks import tracked
+from weaver_rl.tracking.tracker import TrackedRun
 
 pytestmark = pytest.mark.unit
 
@@ -189,3 +193,31 @@ def test_mlflow_has_what_metrics_jsonl_has(tmp_path: Path):
     assert run.info.run_name == "a-run"
     assert run.data.params["model.layers"] == "[1, 2]"
     assert (run.data.params["note"], run.data.tags["resumed.note"], run.data.tags["team"]) == ("null", "other", "x")
+
+
+class Unwilling(http.server.BaseHTTPRequestHandler):
+    """Answers every question with 503."""
+
+    def do_GET(self) -> None:
+        self.send_response(503)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Nothing."""
+
+
+def test_mlflow_that_tries_again_draws_nothing_from_the_generator_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Unwilling) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        run = MlflowRun(MlflowConfig(experiment="e", tracking_uri=f"http://127.0.0.1:{server.server_port}"))
+        before = random.getstate()
+        with pytest.raises(Exception, match="503"):
+            run.begin(None, TrackedRun(name="a", directory=tmp_path))
+        assert random.getstate() == before
+        server.shutdown()

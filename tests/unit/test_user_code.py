@@ -96,6 +96,14 @@ def test_too_much_is_refused_with_both_numbers(project: Path, tmp_path: Path, mo
         write_code(code, tmp_path / "node")
 
 
+def test_a_file_that_cannot_be_read_stops_only_nodes_without_the_code(project: Path, tmp_path: Path):
+    (project / "configs" / "unreadable.py").symlink_to("/proc/self/mem")
+    code = collect_code(["my_rewards.py:good"], project / "configs")
+    assert find_code(code, Path("/")) == project / "configs"
+    with pytest.raises(FilesError, match=r"cannot be read \(Input/output error\)"):
+        write_code(code, tmp_path / "node")
+
+
 def test_a_worker_elsewhere_scores_with_the_drivers_code(
     project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 from weaver_rl.check.checklist import Entry
@@ -109,7 +110,7 @@ def check_cache(shape: PolicyShape, load: SamplerLoad, sampler: RoleMemory) -> I
         return  # nothing is known of the GPU, and another line says so
     number = sequences_that_fit(shape, load, max(0, cache))
     seen = (
-        f"{gib(max(0, cache))} hold {number:,.0f} sequences of {load.max_model_len} tokens at once; max_num_seqs "
+        f"{gib(max(0, cache))} hold {math.floor(number):,} sequences of {load.max_model_len} tokens at once; max_num_seqs "
         f"{load.max_num_seqs}"
     )
     if number < 1:

@@ -41,16 +41,7 @@ def _off_policy(config: RunConfig) -> Iterator[Finding]:
             "set correction: {name: tis}, or a smaller learner.learning_rate, and watch ratio/ess",
         )
     sampling = config.rollout.sampling
-    filters = [
-        f"{name} {value:g}"
-        for name, value, off in (
-            ("top_p", sampling.top_p, 1.0),
-            ("top_k", sampling.top_k, 0),
-            ("min_p", sampling.min_p, 0.0),
-        )
-        if value != off
-    ]
-    if filters:
+    if filters := sampling.filters():
         yield warned(
             "rollout.sampling",
             f"{', '.join(filters)}, and correction.name none: the sampler's probabilities are of the filtered "

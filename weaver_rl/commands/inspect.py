@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -19,10 +20,17 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Everything as JSON.")] = False,
 ) -> None:
     """Show a recorded step, or why a rollout got its importance weights, factor by factor."""
-    from weaver_rl.inspection.recorded_step import RecordedStep, step_of_rollout
+    from weaver_rl.remote_run import run_to_read
 
     if step is None and rollout is None:
         raise UserError("inspect needs --step S, or --rollout ID (the report and --step --json list the ids)")
+    with run_to_read(run) as folder:
+        _show(folder, step, rollout, as_json=as_json)
+
+
+def _show(run: Path, step: int | None, rollout: str | None, *, as_json: bool) -> None:
+    from weaver_rl.inspection.recorded_step import RecordedStep, step_of_rollout
+
     recorded = RecordedStep.read(run, step if step is not None else step_of_rollout(run, str(rollout)))
     if rollout is None:
         from weaver_rl.inspection.as_json import step_json

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from weaver_rl.commands.arguments import COPIES, RunsArgument
+from weaver_rl.commands.arguments import RunsArgument
 
 
 def report(
@@ -21,11 +22,16 @@ def report(
     max_rollouts: Annotated[int, typer.Option(min=1, help="Rollouts in it, over all runs.")] = 400,
 ) -> None:
     """Write a self-contained HTML page about runs: curves, where the time went, rollouts token by token."""
+    from weaver_rl.remote_run import run_to_read
     from weaver_rl.report import write_page
     from weaver_rl.report.run_data import StepRange
     from weaver_rl.run_folder import RunFolder
+    from weaver_rl.run_location import is_url
 
-    is_kept = len(runs) == 1 and runs[0] not in COPIES
-    path = out or (RunFolder(runs[0]).report if is_kept else Path("report.html"))
-    written = write_page(runs, path, steps=StepRange.parse(steps), max_rollouts=max_rollouts)
+    wanted = StepRange.parse(steps)
+    with ExitStack() as opened:
+        folders = [opened.enter_context(run_to_read(run)) for run in runs]
+        is_kept = len(runs) == 1 and not is_url(runs[0])
+        path = out or (RunFolder(folders[0]).report if is_kept else Path("report.html"))
+        written = write_page(folders, path, steps=wanted, max_rollouts=max_rollouts)
     sys.stdout.write(f"report: {written} ({written.stat().st_size / 1e6:.1f} MB)\n")

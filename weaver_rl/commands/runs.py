@@ -12,11 +12,8 @@ from rich.console import Console
 from weaver_rl.commands.arguments import (
     AddressOption,
     ConfigArgument,
-    LiveRunArgument,
     OverridesArgument,
     RunArgument,
-    SmallRunArgument,
-    WholeRunArgument,
 )
 
 
@@ -52,38 +49,46 @@ def show(config: ConfigArgument, overrides: OverridesArgument = None) -> None:
     sys.stdout.write(dump_config(load_config(config, overrides or [])))
 
 
-def status(run: SmallRunArgument) -> None:
+def status(run: RunArgument) -> None:
     """Show how a run stands: its step, what it waits for and why, its samplers."""
+    from weaver_rl.remote_run import run_to_read
     from weaver_rl.status import print_status
 
-    raise typer.Exit(print_status(Console(), run))
+    with run_to_read(run, small=True) as folder:
+        raise typer.Exit(print_status(Console(), folder))
 
 
 def audit(run: RunArgument) -> None:
     """Prove from a run's journal that every prompt was trained exactly once; exit status 1 if not."""
     from weaver_rl.audit import audit as check
     from weaver_rl.audit_report import print_audit
+    from weaver_rl.remote_run import run_to_read
 
-    raise typer.Exit(print_audit(Console(), check(run)))
+    with run_to_read(run) as folder:
+        raise typer.Exit(print_audit(Console(), check(folder)))
 
 
 def replay(
-    run: WholeRunArgument,
+    run: RunArgument,
     step: Annotated[int, typer.Option(min=1, help="The step to compute again.", show_default=False)],
 ) -> None:
     """Compute a recorded step again from its stored rollouts; exit status 1 if loss or gradient differ by a bit."""
     from actors.replay import replay as again
+    from weaver_rl.remote_run import run_to_read
 
-    raise typer.Exit(again(run, step, Console()))
+    with run_to_read(run, checkpoints=True) as folder:
+        raise typer.Exit(again(folder, step, Console()))
 
 
 def scale(
-    run: LiveRunArgument,
+    run: RunArgument,
     samplers: Annotated[int, typer.Option(min=1, help="How many it shall have.", show_default=False)],
 ) -> None:
     """Add samplers to a running run, or let some leave."""
+    from weaver_rl.remote_run import run_to_read
     from weaver_rl.run_folder import RunFolder
     from weaver_rl.scale import ask_for_samplers
 
-    ask_for_samplers(RunFolder(run), samplers)
+    with run_to_read(run, live=True) as folder:
+        ask_for_samplers(RunFolder(folder), samplers)
     sys.stdout.write(f"asked for {samplers} samplers; `weaver-rl status {run}` shows them come and go\n")

@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 
-from weaver_rl.commands.arguments import RUN_HELP
+from weaver_rl.commands.arguments import RunArgument
 
 
 def trace(
-    run: Annotated[str, typer.Argument(help=RUN_HELP, show_default=False, metavar="RUN")],
+    run: RunArgument,
     out: Annotated[
         Path | None,
         typer.Option(

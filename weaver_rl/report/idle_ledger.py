@@ -6,7 +6,7 @@ An older run has no ledger: the page is told so.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from weaver_rl.ledger import LedgerRow, read_ledger
@@ -27,19 +27,23 @@ ROLES = ("sampler", "learner", "reward", "controller")
 
 def ledger_data(run: RunData) -> dict[str, Any] | None:
     """None for a run that kept no ledger."""
-    path = run.folder.ledger_file
-    if not path.exists():
+    return _columns(lambda: (row for row in read_ledger(run.folder.ledger_file) if row.step in run.steps))
+
+
+def _columns(read: Callable[[], Iterable[LedgerRow]]) -> dict[str, Any] | None:
+    """Reads the rows twice: those of a long run with many actors would fill the memory of its driver."""
+    names: set[tuple[str, str]] = set()
+    spent_on: set[str] = set()
+    phases: dict[int, str] = {}
+    for row in read():
+        names.add((row.role, row.actor))
+        spent_on.update(row.seconds)
+        phases[row.step] = row.phase
+    if not names:
         return None
-    rows = [row for row in read_ledger(path) if row.step in run.steps]
-    return _columns(rows) if rows else None
-
-
-def _columns(rows: Iterable[LedgerRow]) -> dict[str, Any]:
-    rows = list(rows)
-    actors = sorted({(row.role, row.actor) for row in rows}, key=_actor_order)
-    states = sorted({state for row in rows for state in row.seconds}, key=_order)
-    training = sorted({row.step for row in rows if row.phase == "train"})
-    before = sorted({row.step for row in rows} - set(training))
+    actors, states = sorted(names, key=_actor_order), sorted(spent_on, key=_order)
+    training = sorted(step for step, phase in phases.items() if phase == "train")
+    before = sorted(phases.keys() - set(training))
     room = max(1, MAX_NUMBERS // (len(actors) * max(1, len(states))))
     size = math.ceil((len(before) + len(training)) / min(MAX_BUCKETS, room))
     # Not across the end of the warm start: the page is about one of the two at a time.
@@ -48,7 +52,9 @@ def _columns(rows: Iterable[LedgerRow]) -> dict[str, Any]:
     actor_of = {actor: number for number, actor in enumerate(actors)}
     state_of = {state: number for number, state in enumerate(states)}
     seconds = [[[0.0] * len(buckets) for _ in states] for _ in actors]
-    for row in rows:
+    for row in read():
+        if row.step not in bucket_of or (row.role, row.actor) not in actor_of or not spent_on.issuperset(row.seconds):
+            continue  # of a live run, written since it was read first
         for state, spent in row.seconds.items():
             seconds[actor_of[row.role, row.actor]][state_of[state]][bucket_of[row.step]] += spent
     return {

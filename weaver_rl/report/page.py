@@ -19,6 +19,7 @@ from typing import Any
 
 from weaver_rl.errors import ConfigError, UserError
 from weaver_rl.metrics import METRICS, MetricsLine
+from weaver_rl.output_file import output_file
 from weaver_rl.report import resources, summary
 from weaver_rl.report.curves import bucketed
 from weaver_rl.report.figures import Figure, training_figures, warm_start_figures
@@ -48,13 +49,16 @@ def write_page(
     """Writes a page about one run, or about several side by side.
 
     Raises:
-        ConfigError: a folder holds no run, or there are too many.
+        ConfigError: a folder holds no run, there are too many, they have none of the steps, or `path` is no file.
     """
     if len(run_dirs) > MAX_RUNS:
         raise ConfigError(f"{len(run_dirs)} runs were given; a page shows at most {MAX_RUNS}")
     runs = [read_run(run_dir, steps) for run_dir in run_dirs]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, _page(runs, max_rollouts).encode("utf-8", "replace"))
+    if steps != EVERY_STEP and not any(run.lines for run in runs):
+        raise ConfigError("--steps names no step that was finished; leave it out for a page about all of them")
+    target = output_file(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(target, _page(runs, max_rollouts).encode("utf-8", "replace"))
     return path
 
 

@@ -37,6 +37,8 @@ class MlflowRun:
         # Read when the package is imported: it would tell its makers of every run, and the user of every table.
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+        # Jitter comes from the generator of the process, from which a task may be drawing its prompts.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_BACKOFF_JITTER", "0")
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # every try of a server that is gone
         from mlflow import MlflowClient
 

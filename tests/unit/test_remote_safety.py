@@ -1,0 +1,278 @@
+"""Runs whose folder is at a URL, when something goes wrong: nothing is lost, and nothing is said that is not so."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from strict_store import StrictStore
+from test_remote_run import URL, Run, began, log, move_to, record, stored
+
+from actors.signals import StopSignals
+from weaver_rl import lease as lease_module
+from weaver_rl import remote_run, run_mirror
+from weaver_rl.config import load_config
+from weaver_rl.errors import ConfigError, FilesError
+from weaver_rl.lease import Lease
+from weaver_rl.remote_folder import RemoteFolder
+from weaver_rl.remote_run import mirrored
+from weaver_rl.run_folder import RunFolder
+from weaver_rl.run_location import staging_folder
+from weaver_rl.run_mirror import RunMirror
+
+pytestmark = [pytest.mark.unit, pytest.mark.timeout(30)]
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    StrictStore.empty()
+    monkeypatch.setattr(
+        Lease.__init__, "__kwdefaults__", Lease.__init__.__kwdefaults__ | {"settle_s": 0.0, "watch_s": 0.0}
+    )
+    move_to("first", tmp_path, monkeypatch)
+    yield
+    StrictStore.empty()
+
+
+def here() -> RunFolder:
+    return RunFolder(staging_folder(URL))
+
+
+def held(*, resume: bool = False, **changes: Any) -> AbstractContextManager[RunMirror | None]:
+    arguments: dict[str, Any] = {"overwrite": False, "keep": 2, "tell": print} | changes
+    return mirrored(URL, here(), resume=resume, **arguments)
+
+
+def left_behind() -> None:
+    """A run of this machine that was killed before the last line of its metrics was uploaded."""
+    with held() as mirror:
+        assert mirror is not None
+        began(here())
+        mirror.upload()
+        with here().metrics_file.open("a") as file:
+            file.write("not uploaded\n")
+        shutil.copytree(here().path, here().path.with_name("killed"))
+        there = dict(StrictStore.files)
+    here().path.with_name("killed").rename(here().path)
+    StrictStore.files.clear()
+    StrictStore.files.update(there)
+    record(staging=(here().path / ".staging_id").read_text(), renewed_at=0.0)
+
+
+def cut_off(*_: object) -> None:
+    raise FilesError("cut off")
+
+
+def test_a_download_that_was_cut_off_is_not_taken_for_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with held():
+        began(here())
+    with monkeypatch.context() as patch:
+        patch.setattr(remote_run, "download_checkpoint", cut_off)
+        with pytest.raises(FilesError, match="cut off"), held(resume=True):
+            pass
+    with held(resume=True):
+        assert [path.name for path in here().checkpoints.iterdir()] == ["step_000002"]
+
+
+def test_a_resume_elsewhere_that_did_not_begin_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    left_behind()
+    move_to("second", tmp_path, monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(remote_run, "download_checkpoint", cut_off)
+        with pytest.raises(FilesError, match="cut off"), held(resume=True):
+            pass
+    move_to("first", tmp_path, monkeypatch)
+    with held(resume=True):
+        assert "not uploaded" in here().metrics_file.read_text()
+
+
+def test_a_run_that_never_reached_the_url_is_not_cleared_away():
+    began(here())
+    with pytest.raises(ConfigError, match=r"holds a run that was not uploaded.*--resume.*--overwrite"), held():
+        pass
+    assert here().metrics_file.exists()
+    with held(overwrite=True):
+        assert not here().metrics_file.exists()
+
+
+def test_a_resume_that_is_refused_removes_nothing_at_the_url():
+    with held():
+        began(here())
+    before = stored()
+
+    def refuse() -> None:
+        assert here().status_file.exists()
+        raise ConfigError("another seed")
+
+    with pytest.raises(ConfigError, match="another seed"), held(resume=True, check=refuse):
+        pass
+    assert stored() == before
+    assert not here().path.exists()
+
+
+def test_checkpoints_that_are_to_be_kept_stay_on_a_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    with held() as mirror:
+        assert mirror is not None
+        run = Run(here())
+        for step in (1, 2):
+            run.checkpoint(step)
+            mirror.upload()
+    move_to("second", tmp_path, monkeypatch)
+    with held(resume=True) as mirror:
+        assert mirror is not None
+        mirror.upload()
+        assert {name.split("/")[1] for name in stored() if "checkpoints" in name} == {"step_000001", "step_000002"}
+
+
+def test_what_a_resume_here_takes_back_goes_at_the_url_too():
+    left_behind()
+    RemoteFolder(URL).write("rollouts/step_000000.parquet", b"of another machine")
+    with held(resume=True):
+        (here().rollouts / "step_000003.parquet").unlink()
+    assert "rollouts/step_000003.parquet" not in stored()
+    assert stored() >= {"rollouts/step_000002.parquet", "rollouts/step_000000.parquet"}
+
+
+def test_who_lost_the_lease_removes_and_writes_nothing_more(tmp_path: Path):
+    remote = RemoteFolder(URL)
+    run = Run(RunFolder(tmp_path / "run"))
+    lease = Lease(remote, "mine", renew_every_s=100.0)
+    lease.take()
+    mirror = RunMirror(run.folder, remote, lease, keep=2)
+    run.step(1)
+    run.checkpoint(1)
+    mirror.upload()
+    remote.write("checkpoints/step_000002/manifest.json", b"{}")
+    record()
+    before = len(log())
+    with pytest.raises(FilesError, match="node-7 has taken over"):
+        mirror.upload()
+    assert log()[before:] == []
+    mirror.start()
+    with pytest.raises(FilesError, match=r"node-7 has taken over.*move it elsewhere") as caught:
+        mirror.close(5.0)
+    assert "goes on from it" not in str(caught.value)
+
+
+def test_a_holder_whose_clock_is_wrong_is_seen_to_live(monkeypatch: pytest.MonkeyPatch):
+    record(renewed_at=5.0)
+    remote = RemoteFolder(URL)
+    lease = Lease(remote, "mine", watch_s=0.01)
+    monkeypatch.setattr(lease_module.time, "sleep", lambda seconds: seconds and record(renewed_at=15.0))
+    with pytest.raises(ConfigError, match="in use by a live run"):
+        lease.take()
+
+
+def test_the_folder_is_gone_before_somebody_else_may_make_it():
+    def look(line: str) -> None:
+        if "lease" in line and is_ending:
+            is_there.append(here().path.exists())
+
+    is_ending, is_there = [], []
+    StrictStore.before = look
+    with held():
+        began(here())
+        is_ending.append(True)
+    assert is_there[-1:] == [False]
+
+
+def test_a_signal_does_not_cut_off_the_last_upload(capsys: pytest.CaptureFixture[str]):
+    def ask(line: str) -> None:
+        if "rollouts/step_000003" in line:
+            signal.raise_signal(signal.SIGTERM)
+
+    with StopSignals() as stop, held(in_peace=stop.deferred):
+        began(here())
+        StrictStore.before = ask
+    assert "run.json" in stored()
+    assert not here().path.exists()
+
+
+def test_what_else_lies_at_the_url_stays_and_is_no_checkpoint():
+    own = {"checkpoints/best/weights", "checkpoints/step_000002_of_friday/manifest.json", "checkpoints/zzz/notes"}
+    with held() as mirror:
+        assert mirror is not None
+        run = Run(here())
+        for name in own:
+            RemoteFolder(URL).write(name, b"mine")
+        for step in (999_999, 1_000_000, 1_000_001):
+            run.checkpoint(step)
+            mirror.upload()
+    names = {name.split("/")[1] for name in stored() - own if "checkpoints" in name}
+    assert names == {"step_1000000", "step_1000001"}
+    assert stored() >= own
+    StrictStore.files |= {"bucket/runs/x/": b"", "bucket/runs/x/checkpoints/": b""}  # as consoles keep folders
+    with held(resume=True):
+        assert [path.name for path in here().checkpoints.iterdir()] == ["step_1000001"]
+
+
+def test_kept_checkpoints_that_were_soon_followed_by_another_go_up_in_the_end():
+    with held():
+        run = Run(here())
+        for step in (1, 2, 3):
+            run.checkpoint(step)
+    remote = RemoteFolder(URL)
+    assert {name.split("/")[1] for name in stored() if "checkpoints" in name} == {"step_000002", "step_000003"}
+    remote.remove(["checkpoints/step_000003/manifest.json"])
+    assert run_mirror.download_checkpoint(remote, here().path, remote.sizes(), print) == 2
+
+
+def test_folders_that_vanish_while_they_are_looked_at_are_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    run = Run(RunFolder(tmp_path / "run"))
+    run.step(1)
+    for name in ("a", "b"):
+        (run.folder.logs / name / "inner").mkdir(parents=True)
+        (run.folder.logs / name / "inner" / "x").touch()
+    is_file = Path.is_file
+
+    def remove(path: Path) -> bool:
+        if path.name == "x":
+            for other in set("ab") - {path.parent.parent.name}:
+                shutil.rmtree(run.folder.logs / other, ignore_errors=True)
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", remove)
+    RunMirror(run.folder, RemoteFolder(URL), Lease(RemoteFolder(URL), "s"), keep=2).upload()
+    assert "metrics.jsonl" in stored()
+
+
+def test_only_a_checkpoint_keeps_its_manifest_for_the_end():
+    with held():
+        began(here())
+        (here().tracking / "service").mkdir(parents=True)
+        (here().tracking / "service" / "manifest.json").touch()
+    assert "tracking/service/manifest.json" in stored()
+
+
+def test_a_refused_overwrite_removes_nothing_at_the_url():
+    with held():
+        began(here())
+    before = stored()
+    here().path.mkdir()
+    with here().held(), pytest.raises(ConfigError, match="in use by a live run"), held(overwrite=True):
+        pass
+    assert stored() == before
+
+
+def test_names_at_a_url_do_not_lead_out_of_the_folder(tmp_path: Path):
+    remote = RemoteFolder(URL)
+    remote.write("spans/../../../out", b"")
+    with pytest.raises(FilesError, match=r"spans/\.\./\.\./\.\./out.*leads out of"):
+        run_mirror.download_run(remote, tmp_path / "folder", list(remote.sizes()))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_password_is_not_taken_in_a_url():
+    with pytest.raises(ConfigError, match="password") as caught:
+        RemoteFolder("strict://me:secret@bucket/x")
+    assert "secret" not in str(caught.value)
+    quickstart = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+    with pytest.raises(ConfigError, match=r"run_dir.*password") as caught:
+        load_config(quickstart, ["run_dir=sftp://me:secret@host/x"])
+    assert "secret" not in str(caught.value)
+    assert load_config(quickstart, ["run_dir=sftp://me@host:22/x@y:z@"]).place == "sftp://me@host:22/x@y:z@"
