@@ -1,7 +1,7 @@
 """What is written down of the Ray clusters that `weaver-rl cluster start` made on this machine. It knows no process.
 
-STATE/weaver-rl/clusters/NAME/cluster.json    addresses, and the processes that were started
-STATE/weaver-rl/clusters/NAME/token           what a client must show, readable by its owner only
+STATE/weaver-rl/clusters/MACHINE/NAME/cluster.json    addresses, and the processes that were started
+STATE/weaver-rl/clusters/MACHINE/NAME/token           what a client must show, readable by its owner only
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import fcntl
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator, MutableMapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -134,13 +135,13 @@ class ClusterFiles:
 
 def cluster_files(name: str) -> ClusterFiles:
     """Where a cluster of this user would be written down."""
-    return ClusterFiles(_state_home() / "weaver-rl" / "clusters" / name)
+    return ClusterFiles(_clusters_of_this_machine() / name)
 
 
 def local_clusters() -> list[LocalCluster]:
     """Every cluster of this user that is written down, by name. Whether its processes live is not asked."""
     try:
-        places = sorted((_state_home() / "weaver-rl" / "clusters").glob("*/cluster.json"))
+        places = sorted(_clusters_of_this_machine().glob("*/cluster.json"))
     except ConfigError:
         return []  # a user without a home can have started none
     found = []
@@ -165,6 +166,11 @@ def show_token_of(address: str | None, environment: MutableMapping[str, str] | N
             env.setdefault(TOKEN_MODE, "token")
             env[TOKEN_PATH] = cluster.token_file
             return
+
+
+def _clusters_of_this_machine() -> Path:
+    # A home directory may be on several machines, and a process number means something on one of them only.
+    return _state_home() / "weaver-rl" / "clusters" / socket.gethostname()
 
 
 def _same_place(one: str, other: str) -> bool:

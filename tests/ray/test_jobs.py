@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -172,7 +173,7 @@ def test_the_cluster_ends_whole_though_a_node_died_and_a_foreign_one_goes_on(sta
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_start_that_is_interrupted_leaves_nothing(tmp_path: Path, number: signal.Signals):
     before = traces()
-    state = tmp_path / "weaver-rl" / "clusters" / "default"
+    state = tmp_path / "weaver-rl" / "clusters" / socket.gethostname() / "default"
     with going("cluster", "start", "--nodes", "3", env={"XDG_STATE_HOME": str(tmp_path)}) as it:
         while not (state / "cluster.json").exists() or '"pid"' not in (state / "cluster.json").read_text():
             assert it.process.poll() is None

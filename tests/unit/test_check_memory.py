@@ -243,7 +243,7 @@ def test_a_cache_for_less_than_one_sequence_fails(qwen: str):
 
 
 def test_a_part_of_a_sequence_is_none(qwen: str):
-    """1,048,576 bytes are a sequence's part; `hold 1 sequences` and a failure would contradict each other."""
+    """`hold 1 sequences` and a failure would contradict each other."""
     of_one = "sampler.engine_args.kv_cache_memory_bytes={}"
     whole, _ = checked(qwen, of_one.format(104857600), gpu_memory_gb=80)
     held = int(whole["kv cache"].seen.partition("hold ")[2].partition(" ")[0])

@@ -80,7 +80,7 @@ def test_a_relative_state_directory_counts_for_nothing(monkeypatch: pytest.Monke
     """Nodes run in directories of their own, where they would not find the token."""
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("XDG_STATE_HOME", "state")
-    assert cluster_files("default").directory == tmp_path / ".local" / "state" / "weaver-rl" / "clusters" / "default"
+    assert cluster_files("default").directory.is_relative_to(tmp_path / ".local" / "state" / "weaver-rl")
 
 
 def test_a_state_that_is_none_says_which_file(written: LocalCluster):
@@ -88,3 +88,10 @@ def test_a_state_that_is_none_says_which_file(written: LocalCluster):
     with pytest.raises(ConfigError, match=r"cluster\.json is not the state of a cluster"):
         cluster_files("default").read()
     assert local_clusters() == []
+
+
+def test_a_home_on_several_machines_has_clusters_of_each(written: LocalCluster, monkeypatch: pytest.MonkeyPatch):
+    assert written in local_clusters()
+    monkeypatch.setattr("socket.gethostname", lambda: "another")
+    assert local_clusters() == []
+    assert cluster_files(written.name).read() is None

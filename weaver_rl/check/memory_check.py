@@ -110,8 +110,8 @@ def check_cache(shape: PolicyShape, load: SamplerLoad, sampler: RoleMemory) -> I
         return  # nothing is known of the GPU, and another line says so
     number = sequences_that_fit(shape, load, max(0, cache))
     seen = (
-        f"{gib(max(0, cache))} hold {math.floor(number):,} sequences of {load.max_model_len} tokens at once; max_num_seqs "
-        f"{load.max_num_seqs}"
+        f"{gib(max(0, cache))} hold {math.floor(number):,} sequences of {load.max_model_len} tokens at once; "
+        f"max_num_seqs {load.max_num_seqs}"
     )
     if number < 1:
         yield failed("kv cache", seen, "raise gpu_memory_utilization or kv_cache_memory_bytes, or lower max_model_len")

@@ -30,7 +30,8 @@ def check(
         bool, typer.Option("--no-cluster", help="Leave out whether the cluster has the resources.")
     ] = False,
     gpu_memory_gb: Annotated[
-        float | None, typer.Option(min=1, help="GB of each GPU, in place of what is found.", show_default=False)
+        float | None,
+        typer.Option(min=1, max=100_000, help="GB of each GPU, in place of what is found.", show_default=False),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
 ) -> None:
