@@ -24,15 +24,19 @@ MAX_PACKAGE_BYTES = int(DASHBOARD_CLIENT_MAX_SIZE) - 2**16
 """What Ray's job server takes in one request."""
 NUM_LARGEST = 8
 IGNORE_FILES = (".gitignore", ".rayignore")
+SECRETS = (
+    *(".env", ".env.*", ".netrc", "_netrc", ".pypirc", ".git-credentials", ".aws/", ".azure/", ".docker/", ".gnupg/"),
+    *(".kube/", ".ssh/", "id_rsa", "id_dsa", "id_ecdsa", "id_ed25519", "*.pem", "*.key", "*.p12"),
+)
+"""What lets somebody in: a package is seen by everybody who uses the cluster. As in a .gitignore."""
 NEVER_PACKED = (
-    *(".git/", ".hg/", ".svn/", ".venv/", "venv/", "node_modules/", "__pycache__/", "*.pyc", ".env", ".DS_Store"),
+    *SECRETS,
+    *(".git/", ".hg/", ".svn/", ".venv/", "venv/", "node_modules/", "__pycache__/", "*.pyc", ".DS_Store"),
     *(".mypy_cache/", ".pytest_cache/", ".ruff_cache/", ".hypothesis/", ".ipynb_checkpoints/", "*.egg-info/"),
-    # What lets somebody in: a package is seen by everybody who uses the cluster.
-    *(".env.*", ".netrc", "_netrc", ".pypirc", ".git-credentials", ".aws/", ".azure/", ".docker/", ".gnupg/", ".kube/"),
-    *(".ssh/", "id_rsa", "id_dsa", "id_ecdsa", "id_ed25519", "*.pem", "*.key", "*.p12"),
     *("runs/", "wandb/", "mlruns/", "checkpoints/", "*.safetensors", "*.pt", "*.pth", "*.ckpt", "*.gguf"),
 )
-"""As in a .gitignore; `--exclude` adds to them, files that the configuration names are packed nevertheless."""
+"""As in a .gitignore; `--exclude` adds to them. Files that the configuration names are packed nevertheless, directories
+without the secrets in them."""
 BESIDE = "_beside"
 """Directory of the package for what lies outside of the working directory."""
 EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -179,8 +183,9 @@ def _place_in(files: dict[str, Path], root: Path, path: Path, beside: Path) -> P
 
 def _place_directory(files: dict[str, Path], root: Path, path: Path, beside: Path) -> Path:
     place = path.relative_to(root) if path.is_relative_to(root) else beside / path.name
+    secrets = _spec(SECRETS)
     for file in sorted(path.rglob("*")):
-        if file.is_file():
+        if file.is_file() and not _matches(secrets, path, file, is_directory=False):
             files[(place / file.relative_to(path)).as_posix()] = file
     return place
 

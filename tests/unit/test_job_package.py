@@ -195,6 +195,10 @@ def test_a_model_directory_travels_whole_where_it_is_relative(work: Path, tmp_pa
     relative = planned(config, "model={name: ./model}")
     assert "model/model.safetensors" in relative.files
     assert relative.notes == ()
+    write(work / "configs" / "model" / ".ssh" / "id_other")
+    write(work / "configs" / "model" / ".env")
+    assert planned(config, "model={name: ./model}").files == relative.files
+
     absolute = planned(config, f"model={{name: {work}/configs/model}}")
     assert "model/model.safetensors" not in absolute.files
     assert absolute.notes == (f"model.name is {work}/configs/model: the cluster's machines must have it there",)
