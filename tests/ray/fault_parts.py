@@ -189,8 +189,17 @@ class GoingRun:
         return sorted(found, key=lambda process: process.create_time())
 
     def sampler(self, name: str) -> psutil.Process:
-        pid: int = self.until(f"the pid of {name}", lambda: self.samplers().get(name, {}).get("pid"))
-        return psutil.Process(pid)
+        """Its process, once the folder tells of one that lives: what it tells may be seconds old."""
+
+        def living() -> psutil.Process | None:
+            pid = self.samplers().get(name, {}).get("pid")
+            try:
+                return psutil.Process(pid) if pid else None
+            except psutil.NoSuchProcess:
+                return None
+
+        found: psutil.Process = self.until(f"the process of {name}", living)
+        return found
 
     def stop_at_work(self, *names: str) -> list[psutil.Process]:
         """Stops samplers (SIGSTOP) while at least one owes groups; lets the run go on until that is so."""

@@ -37,8 +37,8 @@ def gate(tmp_path: Path) -> Gate:
     return Gate(tmp_path / "gate")
 
 
-def ends_clean(it: GoingRun, num_steps: int) -> AuditReport:
-    """The run ends well: every step, every prompt once."""
+def ends_clean(it: GoingRun, num_steps: int, killed_after: int = 0) -> AuditReport:
+    """The run ends well: every step, every prompt once. `killed_after`: the driver was killed, that step stands."""
     ended = it.ends()
     assert ended.status == 0, ended.output
     audited = run("audit", str(it.folder.path))
@@ -47,7 +47,7 @@ def ends_clean(it: GoingRun, num_steps: int) -> AuditReport:
     assert report.state == "finished"
     assert report.last_step == FIRST_STEP + num_steps - 1
     assert report.num_trained + sum(report.dropped.values()) == PROMPTS_PER_STEP * num_steps
-    check_ledger(it.folder, "controller")
+    check_ledger(it.folder, "controller", after=killed_after)
     return report
 
 
@@ -154,7 +154,7 @@ def test_a_killed_driver_leaves_nothing_and_is_continued_from_the_newest_whole_c
     newest = checkpoint_steps(it.folder)[-1]
     flip_a_byte(it.folder, newest)
     with going(tmp_path / "run", gate, *arguments, "--resume") as again:
-        report = ends_clean(again, num_steps=14)
+        report = ends_clean(again, num_steps=14, killed_after=newest - 1)
     assert f"step_{newest:06d} is damaged" in again.output
     assert f"resumed: continues from step_{newest - 1:06d}" in again.output
     assert report.num_rewinds == 2
@@ -227,9 +227,10 @@ def test_a_synchronous_run_that_was_killed_and_could_not_write_ends_as_if_nothin
 ) -> None:
     folder = RunFolder(tmp_path / "run")
     _the_driver_is_killed(folder, gate)
+    stands = checkpoint_steps(folder)[-1]
     _a_checkpoint_cannot_be_written(folder, gate)
     with going(folder.path, gate, *SYNCHRONOUS, "--resume") as it:
-        ends_clean(it, SYNCHRONOUS_STEPS)
+        ends_clean(it, SYNCHRONOUS_STEPS, killed_after=stands)
     ours, theirs = ([identity(r) for r in read_rollouts(f.path)] for f in (folder, undisturbed))
     assert ours == theirs
     assert weights_of(folder) == weights_of(undisturbed)
