@@ -36,6 +36,7 @@ class RunMeter:
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
         self._shown: set[str] = set()
+        self._look: Callable[[], FleetFigures] | None = None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """See `MetricsSink`."""
@@ -45,6 +46,8 @@ class RunMeter:
             self._set(name, value)
         self._shown = {name for name in values if not name.startswith(HELD)}
         self._meter.set("weaver_rl_step", step)
+        if self._look is not None:
+            self._show(self._look())
 
     def rewound(self, step: int) -> None:
         """See `MetricsSink`."""
@@ -57,13 +60,19 @@ class RunMeter:
                 self._meter.add("weaver_rl_actor_seconds_total", seconds, actor=row.actor, role=row.role, state=state)
 
     async def follow(self, look: Callable[[], FleetFigures]) -> None:
-        """Shows the samplers as they stand, until it is cancelled."""
-        while True:
-            figures = look()
-            self._meter.set("weaver_rl_samplers_serving", figures.num_serving)
-            self._meter.set("weaver_rl_samplers_starting", figures.num_starting)
-            self._meter.set("weaver_rl_groups_sampling", figures.num_groups)
-            await asyncio.sleep(LOOK_EVERY_S)
+        """Shows the samplers as they stand, now and then and with each step, until it is cancelled."""
+        self._look = look
+        try:
+            while True:
+                self._show(look())
+                await asyncio.sleep(LOOK_EVERY_S)
+        finally:
+            self._look = None
+
+    def _show(self, figures: FleetFigures) -> None:
+        self._meter.set("weaver_rl_samplers_serving", figures.num_serving)
+        self._meter.set("weaver_rl_samplers_starting", figures.num_starting)
+        self._meter.set("weaver_rl_groups_sampling", figures.num_groups)
 
     def _set(self, name: str, value: float) -> None:
         exported, labels = place_of(name)
