@@ -21,7 +21,7 @@ class NamedFile:
     """One file or directory that exists on this machine and that a configuration names.
 
     Example:
-        NamedFile(key="rewards.1.name", written="../mine.py", path=Path("/work/mine.py"), relative=True,
+        NamedFile(key="rewards.1.name", written="../mine.py", path=Path("/home/me/mine.py"), relative=True,
                   also_from_working_dir=True, overrides=...)
     """
 
