@@ -26,7 +26,7 @@ from weaver_rl.controller import Crew
 from weaver_rl.errors import ConfigError
 from weaver_rl.fleet_log import FleetLog
 from weaver_rl.ledger import LedgerRow
-from weaver_rl.meter import Meter, NoMeter
+from weaver_rl.meter import NO_METER, Meter
 from weaver_rl.placement import Placement
 from weaver_rl.reward_fleet import RewardFleet
 from weaver_rl.run_folder import RunFolder
@@ -54,10 +54,10 @@ class Cast:
         placement: Placement,
         reservation: Reservation,
         transport: Transport,
-        meter: Meter | None = None,
+        meter: Meter = NO_METER,
     ) -> None:
         self.prepared = prepared
-        self._meter = meter if meter is not None else NoMeter()
+        self._meter = meter
         self.events = FleetLog(on_left=reservation.give_back, meter=self._meter)
         self._config = config
         self._actors = actors

@@ -16,7 +16,7 @@ from typing import Any
 
 from actors.calls import answer
 from actors.file_transfer import SLOWEST_BYTES_PER_S, NodeDirectory, describe_there, fetch, this_node
-from weaver_rl.file_copy import has_files
+from weaver_rl.file_copy import has_files, num_bytes_of
 from weaver_rl.models.directories import MARKER, make_once
 from weaver_rl.models.smollm2 import cache_dir
 
@@ -46,7 +46,7 @@ async def model_on(actor: Any, directory: Path, *, name: str, start_timeout_s: f
         name: what errors and waits call the actor.
         start_timeout_s: how long it may take until it answers at all.
     """
-    num_bytes = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+    num_bytes = num_bytes_of(directory)
     files = ModelFiles(place=NodeDirectory(node_id=this_node(), path=directory.absolute()), num_bytes=num_bytes)
     found: Path = await answer(
         actor.fetch_model.remote(files),

@@ -19,6 +19,7 @@ from typing import Any
 from actors.calls import answer, together
 from actors.file_transfer import SLOWEST_BYTES_PER_S, NodeDirectory, describe_there, fetch, this_node
 from actors.identity import Identity
+from weaver_rl.file_copy import num_bytes_of
 from weaver_rl.models.smollm2 import cache_dir
 from weaver_rl.waits import current_waits
 
@@ -57,7 +58,7 @@ class RankFiles:
         """Where each rank finds what is in `directory`."""
         nodes, first = await self._away(ranks, directory)
         here = NodeDirectory(node_id=this_node(), path=directory)
-        num_bytes = sum(path.stat().st_size for path in directory.rglob("*") if path.is_file()) if first else 0
+        num_bytes = num_bytes_of(directory) if first else 0
         made: list[Path] = await self._ask(
             ranks, first.values(), "fetch_files", "fetching files", here, more_s=num_bytes / SLOWEST_BYTES_PER_S
         )

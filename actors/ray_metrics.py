@@ -14,7 +14,7 @@ from typing import Any
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from actors.cluster import is_private
-from weaver_rl.meter import Meter, NoMeter
+from weaver_rl.meter import NO_METER, Meter
 from weaver_rl.placement import ClusterConfig
 from weaver_rl.prometheus import Exported
 
@@ -82,7 +82,7 @@ def metered(cluster: ClusterConfig, table: Iterable[Exported], common: Mapping[s
     """A meter for the length of the block, to be left before Ray is. A cluster that lives with the process has nobody
     who looks: nothing is told there."""
     if is_private(cluster):
-        yield NoMeter()
+        yield NO_METER
         return
     meter = RayMeter(table, common)
     try:

@@ -95,6 +95,11 @@ def describe(directory: Path, wanted: Callable[[str], bool] = lambda name: True)
         raise FilesError(f"directory {directory} cannot be read: {error}") from error
 
 
+def num_bytes_of(directory: Path) -> int:
+    """What all files below a directory have together, links followed."""
+    return sum(path.stat().st_size for path in directory.rglob("*") if path.is_file())
+
+
 def has_files(directory: Path, facts: DirectoryFacts) -> bool:
     """Whether the directory has these files with this content; it may have others."""
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from weaver_rl.journal import Journal
-from weaver_rl.meter import Meter, NoMeter
+from weaver_rl.meter import NO_METER, Meter
 from weaver_rl.terminal import LiveView
 
 
@@ -17,9 +17,9 @@ class FleetLog:
         meter: counts losses.
     """
 
-    def __init__(self, on_left: Callable[[str], None], meter: Meter | None = None) -> None:
+    def __init__(self, on_left: Callable[[str], None], meter: Meter = NO_METER) -> None:
         self._on_left = on_left
-        self._meter = meter if meter is not None else NoMeter()
+        self._meter = meter
         self._up: set[str] = set()
         self._journal: Journal | None = None
         self._view: LiveView | None = None

@@ -32,3 +32,6 @@ class NoMeter:
 
     def observe(self, name: str, value: float, /, **labels: str) -> None:
         """Nothing."""
+
+
+NO_METER = NoMeter()

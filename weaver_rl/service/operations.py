@@ -20,7 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, Self
 
 from weaver_rl.errors import ServiceError
-from weaver_rl.meter import Meter, NoMeter
+from weaver_rl.meter import NO_METER, Meter
 from weaver_rl.service.config import OperationsConfig
 from weaver_rl.service.model_queue import ModelQueue, Turn
 from weaver_rl.service.operation_failures import Failure
@@ -88,9 +88,9 @@ class Operations:
         store: OperationStore,
         config: OperationsConfig,
         clock: Callable[[], float] = time.time,
-        meter: Meter | None = None,
+        meter: Meter = NO_METER,
     ) -> None:
-        self._meter = meter if meter is not None else NoMeter()
+        self._meter = meter
         self._store = store
         self._config = config
         self._clock = clock

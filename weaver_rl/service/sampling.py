@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import Literal
 
 from weaver_rl.errors import EngineError, ServiceError
-from weaver_rl.meter import Meter, NoMeter
+from weaver_rl.meter import NO_METER, Meter
 from weaver_rl.rollout import SamplingConfig
 from weaver_rl.service.calls import LineupModel, NewSamplingSession, SampleCall
 from weaver_rl.service.operations import Operations
@@ -46,9 +46,9 @@ class Sampling:
         *,
         idle_s: float,
         clock: Callable[[], float] = time.time,
-        meter: Meter | None = None,
+        meter: Meter = NO_METER,
     ) -> None:
-        self._meter = meter if meter is not None else NoMeter()
+        self._meter = meter
         self._store = store
         self._operations = operations
         self._samplers = samplers

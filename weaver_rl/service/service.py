@@ -18,7 +18,7 @@ from typing import Any, Self
 
 from weaver_rl import __version__
 from weaver_rl.errors import ActorFailedError, ResourcesError, ServiceError
-from weaver_rl.meter import Meter, NoMeter
+from weaver_rl.meter import NO_METER, Meter
 from weaver_rl.service.calls import (
     LineupModel,
     NewModel,
@@ -79,9 +79,8 @@ class Service:
         samplers: Samplers,
         lineup: Mapping[str, LineupModel],
         clock: Callable[[], float] = time.time,
-        meter: Meter | None = None,
+        meter: Meter = NO_METER,
     ) -> None:
-        meter = meter if meter is not None else NoMeter()
         self._session_metrics = SessionMetrics(meter)
         self._config = config
         self._store = store

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from weaver_rl.errors import ServiceError
-from weaver_rl.meter import Meter, NoMeter
+from weaver_rl.meter import NO_METER, Meter
 from weaver_rl.service.calls import TrainingCall
 from weaver_rl.service.model_states import ModelStates
 from weaver_rl.service.operations import Operations
@@ -62,9 +62,9 @@ class Training:
         learners: Learners,
         weights: Weights,
         clock: Callable[[], float] = time.time,
-        meter: Meter | None = None,
+        meter: Meter = NO_METER,
     ) -> None:
-        self._meter = meter if meter is not None else NoMeter()
+        self._meter = meter
         self._operations = operations
         self._learners = learners
         self._weights = weights

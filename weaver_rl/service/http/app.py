@@ -14,7 +14,7 @@ from pydantic.json_schema import models_json_schema
 from starlette.responses import Response
 
 from weaver_rl import __version__
-from weaver_rl.meter import Meter
+from weaver_rl.meter import NO_METER, Meter
 from weaver_rl.service.config import ServeConfig
 from weaver_rl.service.http import (
     routes_checkpoints,
@@ -66,7 +66,7 @@ def create_app(
     keys: ApiKeys,
     *,
     download_secret: bytes | None = None,
-    meter: Meter | None = None,
+    meter: Meter = NO_METER,
 ) -> FastAPI:
     """The whole HTTP face of a service.
 

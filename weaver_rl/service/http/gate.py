@@ -11,7 +11,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from weaver_rl.errors import ServiceError
-from weaver_rl.meter import Meter, NoMeter
+from weaver_rl.meter import NO_METER, Meter
 from weaver_rl.service.config import HttpConfig, is_loopback
 from weaver_rl.service.http.auth import KEY_HEADER, ApiKeys
 from weaver_rl.service.http.errors import error_response
@@ -29,9 +29,9 @@ class Gate:
     """ASGI middleware: refuses before the body is read, turns what nobody foresaw into a 500, and counts it all."""
 
     def __init__(
-        self, app: ASGIApp, *, keys: ApiKeys, rate: RequestRate, http: HttpConfig, meter: Meter | None = None
+        self, app: ASGIApp, *, keys: ApiKeys, rate: RequestRate, http: HttpConfig, meter: Meter = NO_METER
     ) -> None:
-        self._meter = meter if meter is not None else NoMeter()
+        self._meter = meter
         self._app = app
         self._keys = keys
         self._rate = rate
