@@ -20,6 +20,7 @@ from actors.job_client import JobLook, JobServer
 from actors.job_package import JobPackage, plan_package, write_package
 from weaver_rl.config import RunConfig
 from weaver_rl.errors import ConfigError, JobServerLostError, UnknownJobError
+from weaver_rl.exit_status import INTERRUPTED, INTERRUPTED_STATUS
 from weaver_rl.job_log import JobLog
 from weaver_rl.run_location import is_url
 
@@ -37,9 +38,6 @@ LOG_OF_ENDED_S = 30.0
 RETRY_FIRST_S = 0.5
 RETRY_AT_MOST_S = 15.0
 LOOK_EVERY_S = 0.5
-INTERRUPTED_STATUS = 130
-INTERRUPTED = "interrupted; nothing was left running"
-"""What `weaver-rl train` prints at its end when a signal stopped it."""
 NOT_FOUND_STATUS = 127
 
 
@@ -146,6 +144,7 @@ def how_it_stopped(server: JobServer, look: JobLook) -> str:
         )
     if look.state != "STOPPED":
         return ending(look)
+    # What `weaver-rl train` prints at its end when a signal stopped it.
     if INTERRUPTED in server.log(look.job_id)[-2000:]:
         return f"job {look.job_id} has ended in good order; `--resume` goes on from its newest checkpoint"
     return (

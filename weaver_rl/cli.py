@@ -16,9 +16,7 @@ from rich.console import Console
 from weaver_rl import __version__
 from weaver_rl.commands import check, cluster, inspect, jobs, plan, report, reward, runs, serve, trace
 from weaver_rl.errors import UserError, WeaverRLError
-
-INTERRUPTED = "interrupted; nothing was left running"
-INTERRUPTED_STATUS = 130
+from weaver_rl.exit_status import INTERRUPTED, INTERRUPTED_STATUS
 
 app = typer.Typer(
     name="weaver-rl",

@@ -6,25 +6,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
-from weaver_rl.ledger import AWAITED, BUSY
+from weaver_rl.ledger import STATES
 from weaver_rl.metrics import METRICS
 from weaver_rl.prometheus import EXPORTED_AS, LIVE, Exported, place
 from weaver_rl.service.metrics_table import SERVICE_METRICS
-
-STATES: Mapping[str, str] = {
-    "generate": "a sampler makes tokens",
-    "score": "a reward worker runs rewards",
-    "learn": "a learner rank computes a loss, a gradient or an update",
-    "sync": "weights are sent or loaded",
-    "probe": "learner or sampler scores the fixed sequence that proves a sync",
-    "checkpoint": "the learner saves or loads its state",
-    "start": "the actor starts",
-    "other": "the controller computes something itself",
-    "unknown": "the actor never told, for example as it hung and was ended",
-}
-"""What an actor does, by its name in the ledger. Every other state is `wait for` something."""
 
 HEAD = """\
 # Metrics
@@ -147,14 +134,7 @@ def _exported(table: Iterable[Exported]) -> str:
 def _states() -> str:
     lines = ["| State | Meaning |", "| --- | --- |"]
     lines += [f"| `{state}` | {meaning} |" for state, meaning in STATES.items()]
-    awaited = sorted({f"`wait for {thing}`" for thing in AWAITED.values()} | {"`wait for controller`"})
-    lines.append(f"| {', '.join(awaited)} | nothing; the run waited for that meanwhile |")
     return "\n".join(lines) + "\n"
-
-
-def states() -> set[str]:
-    """Every state of work that a ledger may hold."""
-    return {*BUSY.values(), "other", "unknown"}
 
 
 def _unit(unit: str) -> str:

@@ -21,6 +21,7 @@ from actors.jobs import JobRequest, exit_status, follow, submit
 from weaver_rl import cli
 from weaver_rl.config import load_config
 from weaver_rl.errors import ConfigError, JobServerLostError, UnknownJobError
+from weaver_rl.exit_status import INTERRUPTED
 
 pytestmark = pytest.mark.unit
 
@@ -232,7 +233,7 @@ def test_logs_without_following(monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     ("log", "words"),
-    [(f"{LOG}{jobs.INTERRUPTED}\n", "has ended in good order"), (LOG, "was killed before it had ended by itself")],
+    [(f"{LOG}{INTERRUPTED}\n", "has ended in good order"), (LOG, "was killed before it had ended by itself")],
 )
 def test_stop_says_how_the_job_ended(monkeypatch, capsys, log: str, words: str):
     job = FakeJob(log=log)
@@ -248,10 +249,6 @@ def test_stop_does_not_wait_for_ever(monkeypatch, capsys):
     with serving(job) as server:
         assert command(monkeypatch, "stop", JOB, "--address", server.address, "--wait-s", "0.2") == 1
     assert "has not ended yet" in capsys.readouterr().out
-
-
-def test_what_a_run_prints_at_its_end_is_what_stop_looks_for():
-    assert cli.INTERRUPTED == jobs.INTERRUPTED
 
 
 def test_jobs_are_listed(monkeypatch, capsys):

@@ -15,6 +15,7 @@ from rich.table import Table
 
 from weaver_rl.commands.arguments import ConfigArgument, OverridesArgument
 from weaver_rl.errors import ConfigError
+from weaver_rl.exit_status import INTERRUPTED_STATUS
 
 if TYPE_CHECKING:
     from actors.job_client import JobLook, JobServer
@@ -30,7 +31,6 @@ ServerOption = Annotated[
     ),
 ]
 ReconnectOption = Annotated[float, typer.Option(min=0, help="Seconds the job server may be away while followed.")]
-INTERRUPTED_STATUS = 130
 
 
 def submit(
