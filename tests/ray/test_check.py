@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, TINY, run
-from test_cluster import FREE_CPUS, TOKEN, _free_port, head
+from ray_head import FREE_CPUS, TOKEN, free_port
+from test_cluster import head
 
 __all__ = ["head"]
 
@@ -43,7 +44,7 @@ def test_a_cluster_with_too_little_is_named_and_left_as_it_was(head: str) -> Non
 
 @pytest.mark.parametrize("form", ["127.0.0.1:{}", "http://127.0.0.1:{}"])
 def test_an_address_where_nobody_answers_is_one_line_in_time(form: str) -> None:
-    address = form.format(_free_port())
+    address = form.format(free_port())
     started = time.monotonic()
     ended = run("check", str(TINY), "--json", "--address", address, env=TOKEN)
     assert time.monotonic() - started < 90

@@ -5,22 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import shutil
 import signal
-import socket
 import subprocess
-import sys
-import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import pytest
 from conftest import COMMAND, REPOSITORY, TINY
 from prometheus_client.parser import text_string_to_metric_families
+from ray_head import TOKEN, free_port, ray_head
 
 from weaver_rl.ledger import read_ledger
 from weaver_rl.metrics import read_metrics
@@ -30,8 +26,6 @@ from weaver_rl.service.metrics_table import SERVICE_METRICS
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
-TOKEN = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "RAY_USAGE_STATS_ENABLED": "0"}
-RAY = str(Path(sys.executable).with_name("ray"))
 OURS = f"{EXPORTED_AS}weaver_rl_"
 SCRAPE_EVERY_S = 0.5
 GONE_WITHIN_S = 10.0
@@ -80,39 +74,12 @@ class Head:
         return scrape
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    port, metrics_port = _free_port(), _free_port()
-    session = tempfile.mkdtemp(prefix="wrl-head-")
-    arguments = [f"--port={port}", "--num-cpus=2", f"--temp-dir={session}", "--include-dashboard=false", "--block"]
-    arguments += [f"--metrics-export-port={metrics_port}"]
-    process = subprocess.Popen(
-        [RAY, "start", "--head", *arguments, f"--system-config={json.dumps({'metrics_report_interval_ms': 1000})}"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=os.environ | TOKEN,
-        start_new_session=True,
-    )
-    assert process.stdout is not None
-    try:
-        for line in process.stdout:
-            if "Ray runtime started" in line:
-                break
-        yield Head(f"127.0.0.1:{port}", metrics_port)
-    finally:
-        ours = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
-        for started in ours:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                started.kill()
-        psutil.wait_procs(ours, timeout=10)
-        shutil.rmtree(session, ignore_errors=True)
+    port = free_port()
+    often = json.dumps({"metrics_report_interval_ms": 1000})
+    with ray_head(f"--metrics-export-port={port}", f"--system-config={often}") as address:
+        yield Head(address, port)
 
 
 def command(*arguments: str) -> subprocess.Popen[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 
+from weaver_rl.check.capacity import placement_of
 from weaver_rl.check.checklist import Entry
 from weaver_rl.check.finding import Finding, MemoryPart, RoleMemory, failed, passed, warned
 from weaver_rl.check.memory import (
@@ -20,6 +21,7 @@ from weaver_rl.check.resources import ClusterFacts
 from weaver_rl.check.subject import RunUnderCheck
 from weaver_rl.engines.config import SamplerConfig
 from weaver_rl.engines.start import CPU_KV_CACHE_BYTES, CPU_TOKENS_PER_STEP
+from weaver_rl.errors import ResourcesError
 
 CPU_DEFAULTS = {"max_num_seqs": 256, "max_num_batched_tokens": CPU_TOKENS_PER_STEP}
 GPU_DEFAULTS = {"max_num_seqs": 1024, "max_num_batched_tokens": 16384}
@@ -153,9 +155,6 @@ def _on_gpus(
 
 def learner_and_sampler_share(run: RunUnderCheck) -> bool:
     """Whether `auto` comes to one GPU for both."""
-    from weaver_rl.check.capacity import placement_of
-    from weaver_rl.errors import ResourcesError
-
     try:
         return placement_of(run, run.cluster.needed()).colocated
     except ResourcesError:

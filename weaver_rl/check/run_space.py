@@ -16,7 +16,6 @@ from weaver_rl.errors import WeaverRLError
 from weaver_rl.models.config import ScratchModel
 from weaver_rl.remote_folder import RemoteFolder
 from weaver_rl.run_folder import RunFolder
-from weaver_rl.run_location import is_url, staging_folder
 
 PROBE = ".weaver-rl-check"
 """A file that is written to a URL and removed again."""
@@ -28,11 +27,9 @@ MUCH_SHARE = 0.8
 
 def check_run_space(run: RunUnderCheck) -> Iterator[Finding]:
     """The folder itself, or the URL that it is mirrored to, and the disk of this machine."""
-    given = str(run.config.run_dir)
-    path = Path(run.config.folder).absolute()
-    if is_url(given):
-        yield _url(given)
-        path = staging_folder(given)
+    place, path = run.config.place, run.config.folder.absolute()
+    if isinstance(place, str):
+        yield _url(place)
     else:
         yield from _folder(path)
     yield from _space(run, path)
