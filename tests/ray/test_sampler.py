@@ -31,6 +31,7 @@ from actors.object_store import publish
 from actors.preparation import Prepared
 from actors.spawn import Actors
 from weaver_rl.config import load_config
+from weaver_rl.engines.config import DEFAULT_MAX_NUM_BATCHED_TOKENS, DEFAULT_MAX_NUM_SEQS
 from weaver_rl.errors import ActorFailedError, EngineError
 from weaver_rl.rollout import SamplingConfig
 from weaver_rl.sampler_fleet import SamplerFleet
@@ -231,3 +232,22 @@ def test_a_sampler_that_dies_is_named_at_once(same_policy: SamplerFleet, doomed_
     assert killed_at
     assert time.monotonic() - killed_at < 10
     assert list(asyncio.run(same_policy.score(PROMPT))) == ["tied"]
+
+
+def test_the_defaults_that_check_and_plan_count_with_are_the_engines(
+    samplers: dict[str, Any], models: dict[str, Path]
+) -> None:
+    model = str(models["tied"])
+
+    def limits(actor: Any) -> tuple[int, int]:
+        from inspect import signature
+
+        from vllm import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        context = signature(LLMEngine.from_engine_args).parameters["usage_context"].default
+        args = EngineArgs(model=model, skip_tokenizer_init=True, dtype="float32", max_model_len=64)
+        scheduler = args.create_engine_config(context).scheduler_config
+        return scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+
+    assert in_actor(samplers["tied"], limits) == (DEFAULT_MAX_NUM_SEQS, DEFAULT_MAX_NUM_BATCHED_TOKENS)

@@ -39,6 +39,11 @@ def test_our_own_configurations_have_none(path: Path):
             "sampler.engine_args.dtype bfloat16",
         ),
         (["sampler.num_replicas=6"], "rollout.prompts_per_step", "4 groups a step for 6 samplers"),
+        (
+            ["rollout.samples_per_prompt=40", "sampler.engine_args={}"],
+            "max_num_seqs",
+            "160 completions a step for each sampler",
+        ),
         (["rewards=[{name: task, weight: 0}]"], "rewards", "every weight is 0"),
         (["checkpoint.every=0"], "checkpoint.every", "0 of 9 steps"),
         (["checkpoint.every=9"], "checkpoint.every", "9 of 9 steps"),

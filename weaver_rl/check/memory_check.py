@@ -19,14 +19,10 @@ from weaver_rl.check.memory import (
 from weaver_rl.check.policy_shape import PolicyShape
 from weaver_rl.check.resources import ClusterFacts
 from weaver_rl.check.subject import RunUnderCheck
-from weaver_rl.engines.config import SamplerConfig
-from weaver_rl.engines.start import CPU_KV_CACHE_BYTES, CPU_TOKENS_PER_STEP
+from weaver_rl.engines.config import DEFAULT_MAX_NUM_BATCHED_TOKENS, DEFAULT_MAX_NUM_SEQS, SamplerConfig
+from weaver_rl.engines.start import CPU_KV_CACHE_BYTES
 from weaver_rl.errors import ResourcesError
 
-CPU_DEFAULTS = {"max_num_seqs": 256, "max_num_batched_tokens": CPU_TOKENS_PER_STEP}
-GPU_DEFAULTS = {"max_num_seqs": 1024, "max_num_batched_tokens": 16384}
-"""vLLM 0.32 for an engine within a program, on GPUs of 70 GiB and more."""
-SMALL_GPU_DEFAULTS = {"max_num_seqs": 256, "max_num_batched_tokens": 8192}
 GPU_MEMORY_UTILIZATION = 0.92
 """vLLM 0.32's default."""
 DTYPE_BYTES = {"float32": 4, "float": 4, "bfloat16": 2, "half": 2, "float16": 2}
@@ -52,7 +48,7 @@ def check_memory(run: RunUnderCheck) -> Iterator[Entry]:
         chunk_mb=config.weights.chunk_mb,
         capacity_bytes=capacity,
     )
-    load = sampler_load(config.sampler, run.max_length(), on_gpu=on_gpu, gpu_bytes=gpu_bytes)
+    load = sampler_load(config.sampler, run.max_length(), on_gpu=on_gpu)
     sampler = sampler_memory(
         shape, load, on_gpu=on_gpu, num_replicas=config.sampler.num_replicas, capacity_bytes=capacity
     )
@@ -83,11 +79,9 @@ def _wants_gpu(run: RunUnderCheck, facts: ClusterFacts) -> bool:
     return any(given) or (facts.num_gpus > 0 and given != (0, 0)) or config.sampler.tensor_parallel > 1
 
 
-def sampler_load(config: SamplerConfig, max_model_len: int, *, on_gpu: bool, gpu_bytes: int | None) -> SamplerLoad:
+def sampler_load(config: SamplerConfig, max_model_len: int, *, on_gpu: bool) -> SamplerLoad:
     """What the engine would run with: what is given, else vLLM's defaults."""
     engine_args = config.engine_args
-    large = gpu_bytes is None or gpu_bytes >= 70 * GiB
-    defaults = CPU_DEFAULTS if not on_gpu else GPU_DEFAULTS if large else SMALL_GPU_DEFAULTS
     dtype = str(engine_args.get("dtype", "auto" if on_gpu else "float32"))
     dtype_bytes = DTYPE_BYTES.get(dtype, 2)
     cache = engine_args.get("kv_cache_memory_bytes", None if on_gpu else CPU_KV_CACHE_BYTES)
@@ -96,9 +90,9 @@ def sampler_load(config: SamplerConfig, max_model_len: int, *, on_gpu: bool, gpu
         kv_dtype_bytes=1 if str(engine_args.get("kv_cache_dtype", "auto")).startswith("fp8") else dtype_bytes,
         tensor_parallel=config.tensor_parallel,
         max_model_len=max_model_len,
-        max_num_seqs=int(engine_args.get("max_num_seqs", defaults["max_num_seqs"])),
+        max_num_seqs=int(engine_args.get("max_num_seqs", DEFAULT_MAX_NUM_SEQS)),
         max_num_batched_tokens=int(
-            engine_args.get("max_num_batched_tokens", max(defaults["max_num_batched_tokens"], max_model_len))
+            engine_args.get("max_num_batched_tokens", max(DEFAULT_MAX_NUM_BATCHED_TOKENS, max_model_len))
         ),
         gpu_memory_utilization=float(engine_args.get("gpu_memory_utilization", GPU_MEMORY_UTILIZATION)),
         kv_cache_bytes=None if cache is None else int(cache),

@@ -176,7 +176,7 @@ def _memory(server: ServerUnderCheck) -> Iterator[Entry]:
             capacity_bytes=capacity,
             trained_parameters=None if served.training_modes == ("full_ft",) else adapter,
         )
-        load = sampler_load(served.sampler, max_length, on_gpu=on_gpu, gpu_bytes=gpu_bytes)
+        load = sampler_load(served.sampler, max_length, on_gpu=on_gpu)
         sampler = sampler_memory(shape, load, on_gpu=on_gpu, num_replicas=1, capacity_bytes=capacity)
         yield learner
         yield sampler

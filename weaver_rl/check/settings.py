@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from weaver_rl.advantages import NoCorrection
 from weaver_rl.check.finding import Finding, passed, warned
 from weaver_rl.config import RunConfig
+from weaver_rl.engines.config import DEFAULT_MAX_NUM_SEQS
 from weaver_rl.models.config import ScratchModel
 from weaver_rl.run_location import is_url
 
@@ -88,6 +89,15 @@ def _sizes(config: RunConfig) -> Iterator[Finding]:
             f"{groups} groups a step for {replicas} samplers: a group goes to one sampler, so {replicas - groups} have "
             "nothing to do in a step",
             f"use at least {replicas}, or fewer sampler.num_replicas",
+        )
+    sequences = -(-groups // replicas) * config.rollout.samples_per_prompt
+    if sequences > DEFAULT_MAX_NUM_SEQS and "max_num_seqs" not in config.sampler.engine_args:
+        yield warned(
+            "max_num_seqs",
+            f"{sequences} completions a step for each sampler, of which an engine runs {DEFAULT_MAX_NUM_SEQS} at once, "
+            "vLLM's default here",
+            f"set sampler.engine_args.max_num_seqs, {sequences} for example: more at once are faster while the cache "
+            "holds them",
         )
     if config.num_steps and all(spec.weight == 0 for spec in config.rewards):
         yield warned(

@@ -21,6 +21,11 @@ OWNED_ENGINE_ARGS = {
 """vLLM arguments that weaver-rl sets itself, and the key that decides each."""
 
 
+DEFAULT_MAX_NUM_SEQS = 128
+DEFAULT_MAX_NUM_BATCHED_TOKENS = 2048
+"""vLLM 0.32's for an engine that a program drives itself, as samplers do, whatever the hardware. Its server and its
+`LLM` class have others."""
+
 MIN_MODEL_LEN = 2
 """A prompt of one token and a completion of one."""
 

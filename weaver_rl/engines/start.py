@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
 from weaver_rl.engines.adapters import VLLM_CACHE
-from weaver_rl.engines.config import LoraLimits
+from weaver_rl.engines.config import DEFAULT_MAX_NUM_BATCHED_TOKENS, LoraLimits
 from weaver_rl.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 CPU_KV_CACHE_BYTES = 256 << 20
 """Left to itself a CPU engine takes nearly all memory for its KV cache."""
-CPU_TOKENS_PER_STEP = 2048
+CPU_TOKENS_PER_STEP = DEFAULT_MAX_NUM_BATCHED_TOKENS
 """vLLM's own default there."""
 
 

@@ -15,12 +15,9 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
-from weaver_rl.engines.config import SamplerConfig
+from weaver_rl.engines.config import DEFAULT_MAX_NUM_BATCHED_TOKENS, DEFAULT_MAX_NUM_SEQS, SamplerConfig
 from weaver_rl.plan.least_squares import Float64Array
 
-DEFAULT_MAX_NUM_SEQS = 128
-"""vLLM's, for an engine that is driven directly."""
-DEFAULT_MAX_BATCHED_TOKENS = 2048
 CACHE_BLOCK_TOKENS = 16
 """Whole blocks of a prompt are computed once for all completions of its group."""
 LONGEST_LEAP = 64
@@ -60,7 +57,7 @@ class EngineLimits:
     """What an engine may run in one step."""
 
     max_num_seqs: int = DEFAULT_MAX_NUM_SEQS
-    max_batched_tokens: int = DEFAULT_MAX_BATCHED_TOKENS
+    max_batched_tokens: int = DEFAULT_MAX_NUM_BATCHED_TOKENS
     caches_prefixes: bool = True
     leap: int = 1
     """Steps taken together while nobody waits to be taken in."""
@@ -71,7 +68,7 @@ class EngineLimits:
         args = config.engine_args
         return EngineLimits(
             max_num_seqs=int(args.get("max_num_seqs") or DEFAULT_MAX_NUM_SEQS),
-            max_batched_tokens=int(args.get("max_num_batched_tokens") or DEFAULT_MAX_BATCHED_TOKENS),
+            max_batched_tokens=int(args.get("max_num_batched_tokens") or DEFAULT_MAX_NUM_BATCHED_TOKENS),
             caches_prefixes=bool(args.get("enable_prefix_caching", True)),
             leap=max(1, longest // LONGEST_LEAP),
         )
