@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
+from scipy.optimize import nnls
 
 Float64Array = npt.NDArray[np.float64]
 
@@ -15,7 +16,7 @@ def fit_nonnegative(
     seconds_N: Sequence[float] | Float64Array,
     weights_N: Sequence[float] | Float64Array | None = None,
 ) -> Float64Array:
-    """The coefficients (K,) ≥ 0 with the least weighted squared error (Lawson and Hanson's active set).
+    """The coefficients (K,) ≥ 0 with the least weighted squared error.
 
     Of features that always move together any split fits equally well; a little ridge then shares it out in proportion
     to their sizes, so that the answer does not hang on rounding.
@@ -29,30 +30,5 @@ def fit_nonnegative(
     ridge = 1e-3 * np.sqrt(len(b)) * float(root.mean())
     A = np.vstack([A / scale * root[:, None], ridge * np.eye(num)])
     b = np.concatenate([b * root, np.zeros(num)])
-    found: Float64Array = _active_set(A, b) / scale
+    found: Float64Array = nnls(A, b)[0] / scale
     return found
-
-
-def _active_set(A: Float64Array, b: Float64Array) -> Float64Array:
-    num = A.shape[1]
-    x = np.zeros(num)
-    free = np.zeros(num, bool)
-    tolerance = 1e-10 * float(np.abs(A.T @ b).max(initial=0.0))
-    for _ in range(3 * num + 3):
-        gradient = A.T @ (b - A @ x)
-        gradient[free] = -np.inf
-        if free.all() or gradient.max() <= tolerance:
-            break
-        free[int(gradient.argmax())] = True
-        while True:
-            trial = np.zeros(num)
-            trial[free] = np.linalg.lstsq(A[:, free], b, rcond=None)[0]
-            if trial[free].min(initial=0.0) >= 0:
-                x = trial
-                break
-            falling = free & (trial < 0)
-            step = float((x[falling] / (x[falling] - trial[falling])).min())
-            x = x + step * (trial - x)
-            free &= x > 1e-15
-            x[~free] = 0.0
-    return x
