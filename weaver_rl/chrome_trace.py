@@ -20,6 +20,7 @@ from weaver_rl.metrics import read_metrics
 from weaver_rl.output_file import output_file
 from weaver_rl.run_folder import RunFolder
 from weaver_rl.span_files import ActorSpans, RecordedSpan, find_span_files
+from weaver_rl.step_range import EVERY_STEP, StepRange
 
 COUNTERS = ("reward/mean", "tokens_per_s", "lag/mean", "groups/in_flight")
 
@@ -37,12 +38,11 @@ class Exported:
     num_actors: int
 
 
-def export_trace(folder: RunFolder, path: Path, *, first_step: int | None, last_step: int | None) -> Exported:
+def export_trace(folder: RunFolder, path: Path, *, steps: StepRange = EVERY_STEP) -> Exported:
     """Writes the trace, compressed if the name ends with `.gz`.
 
     Args:
-        first_step: spans that ended before it began are left out; None: from the beginning.
-        last_step: spans that began after its end are left out; None: to the end.
+        steps: spans that ended before the first of them began, or began after the end of the last, are left out.
 
     Raises:
         ConfigError: the run has no spans, or no such step.
@@ -50,7 +50,7 @@ def export_trace(folder: RunFolder, path: Path, *, first_step: int | None, last_
     actors = sorted(find_span_files(folder.spans), key=lambda it: place_of_actor(it.actor, it.role))
     if not actors:
         raise ConfigError(f"{folder.path} has no spans: give the folder of a run that was started with this version")
-    begin_s, end_s = _between(folder, actors, first_step, last_step)
+    begin_s, end_s = _between(folder, actors, steps)
     origin_s = max(begin_s, _origin(actors))
     num_spans = 0
     with _opened(path) as file:
@@ -84,22 +84,15 @@ def _origin(actors: list[ActorSpans]) -> float:
     return min((recorded.span.begin_s for actor in actors for recorded in actor.read()), default=0.0)
 
 
-def _between(
-    folder: RunFolder, actors: list[ActorSpans], first_step: int | None, last_step: int | None
-) -> tuple[float, float]:
-    if first_step is None and last_step is None:
+def _between(folder: RunFolder, actors: list[ActorSpans], steps: StepRange) -> tuple[float, float]:
+    if steps == EVERY_STEP:
         return float("-inf"), float("inf")
-    steps = [span for span in _steps(actors) if _is_between(int(span.attributes["step"]), first_step, last_step)]
-    if not steps:
+    chosen = [span for span in _steps(actors) if int(span.attributes["step"]) in steps]
+    if not chosen:
         known = [int(span.attributes["step"]) for span in _steps(actors)]
         there = f"its spans are of steps {min(known)} to {max(known)}" if known else "its spans are of no step"
-        wanted = f"{first_step if first_step is not None else ''}:{last_step if last_step is not None else ''}"
-        raise ConfigError(f"--steps {wanted} was given and {folder.path} has none of these: {there}")
-    return min(span.begin_s for span in steps), max(span.end_s for span in steps)
-
-
-def _is_between(step: int, first: int | None, last: int | None) -> bool:
-    return (first is None or step >= first) and (last is None or step <= last)
+        raise ConfigError(f"--steps {steps} was given and {folder.path} has none of these: {there}")
+    return min(span.begin_s for span in chosen), max(span.end_s for span in chosen)
 
 
 def _steps(actors: list[ActorSpans]) -> Iterator[Any]:

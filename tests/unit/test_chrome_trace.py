@@ -11,7 +11,7 @@ from trace_checker import check_trace
 from typer.testing import CliRunner
 
 from weaver_rl.cli import app
-from weaver_rl.errors import ConfigError
+from weaver_rl.errors import ConfigError, UserError
 from weaver_rl.ledger import STEP
 from weaver_rl.run_folder import RunFolder
 from weaver_rl.span_files import SpanFiles
@@ -123,11 +123,11 @@ def test_only_some_steps(folder: RunFolder, steps: str, seen: list[int]):
 
 @pytest.mark.parametrize(
     ("steps", "message"),
-    [("7:9", "steps 1 to 3"), ("a:b", "write A:B"), ("3:1", "steps 1 to 3")],
+    [("7:9", "steps 1 to 3"), ("a:b", "write A:B"), ("3:1", "write A:B with A not above B")],
 )
 def test_steps_that_are_not_there(folder: RunFolder, steps: str, message: str):
     ended = CliRunner().invoke(app, ["trace", str(folder.path), "--steps", steps])
-    assert isinstance(ended.exception, ConfigError)
+    assert isinstance(ended.exception, UserError)
     assert message in str(ended.exception)
 
 

@@ -10,7 +10,7 @@ import pytest
 from weaver_rl.errors import ConfigError
 from weaver_rl.output_file import output_file
 from weaver_rl.report import write_page
-from weaver_rl.report.run_data import StepRange
+from weaver_rl.step_range import StepRange
 
 pytestmark = pytest.mark.unit
 

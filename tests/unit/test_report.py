@@ -34,10 +34,11 @@ from weaver_rl.report import charts, write_curve_svg, write_page, write_report
 from weaver_rl.report.curves import bucketed
 from weaver_rl.report.idle_ledger import ledger_data
 from weaver_rl.report.rollout_data import rollout_data
-from weaver_rl.report.run_data import StepRange, read_run
+from weaver_rl.report.run_data import read_run
 from weaver_rl.report.selection import evenly, select
 from weaver_rl.rollout_files import rollouts_file, write_rollouts
 from weaver_rl.run_folder import RunFolder
+from weaver_rl.step_range import StepRange
 
 pytestmark = pytest.mark.unit
 

@@ -24,9 +24,9 @@ def report(
     """Write a self-contained HTML page about runs: curves, where the time went, rollouts token by token."""
     from weaver_rl.remote_run import run_to_read
     from weaver_rl.report import write_page
-    from weaver_rl.report.run_data import StepRange
     from weaver_rl.run_folder import RunFolder
     from weaver_rl.run_location import is_url
+    from weaver_rl.step_range import StepRange
 
     wanted = StepRange.parse(steps)
     with ExitStack() as opened:

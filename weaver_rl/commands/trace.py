@@ -20,36 +20,21 @@ def trace(
             "or here for a URL."
         ),
     ] = None,
-    steps: Annotated[
-        str | None, typer.Option(help="Only these steps: A:B, A: or :B.", metavar="A:B", show_default=False)
-    ] = None,
+    steps: Annotated[str, typer.Option(help="Steps it is about: A:B, A:, :B or one.", metavar="A:B")] = ":",
 ) -> None:
     """Export what every actor of a run did as a trace for ui.perfetto.dev or chrome://tracing."""
     from weaver_rl.chrome_trace import export_trace
     from weaver_rl.remote_run import run_to_read
     from weaver_rl.run_folder import RunFolder
     from weaver_rl.run_location import is_url
+    from weaver_rl.step_range import StepRange
 
-    first, last = _range(steps)
+    wanted = StepRange.parse(steps)
     with run_to_read(run) as path:
         folder = RunFolder(path)
         out = out or (Path(folder.trace.name) if is_url(run) else folder.trace)
-        exported = export_trace(folder, out, first_step=first, last_step=last)
+        exported = export_trace(folder, out, steps=wanted)
     sys.stdout.write(
         f"{exported.num_spans} spans of {exported.num_actors} actors: {exported.path}\n"
         "open it at https://ui.perfetto.dev (it stays on your machine) or in chrome://tracing\n"
     )
-
-
-def _range(steps: str | None) -> tuple[int | None, int | None]:
-    from weaver_rl.errors import ConfigError
-
-    if steps is None:
-        return None, None
-    first, separator, last = steps.partition(":")
-    try:
-        if separator:
-            return int(first) if first else None, int(last) if last else None
-        return int(steps), int(steps)
-    except ValueError:
-        raise ConfigError(f"--steps {steps} was given; write A:B with the numbers of two steps, A: or :B") from None

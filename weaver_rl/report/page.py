@@ -25,8 +25,9 @@ from weaver_rl.report.curves import bucketed
 from weaver_rl.report.figures import Figure, training_figures, warm_start_figures
 from weaver_rl.report.idle_ledger import ledger_data
 from weaver_rl.report.rollout_data import ROLLOUTS_PER_CHUNK, RolloutData, rollout_data
-from weaver_rl.report.run_data import EVERY_STEP, RunData, StepRange, read_run
+from weaver_rl.report.run_data import RunData, read_run
 from weaver_rl.run_folder import write_atomically
+from weaver_rl.step_range import EVERY_STEP, StepRange
 
 DEFAULT_ROLLOUTS = 400
 """Rollouts in a page, over all its runs."""

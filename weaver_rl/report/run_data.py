@@ -8,41 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from weaver_rl.errors import ConfigError, UserError
+from weaver_rl.errors import ConfigError
 from weaver_rl.metrics import MetricsLine, Phase, read_metrics
 from weaver_rl.run_folder import RunFolder, RunStatus
+from weaver_rl.step_range import EVERY_STEP, StepRange
 
 Point = tuple[float, float]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StepRange:
-    """Steps from `first` to `last`, both in it; None: no bound.
-
-    Example:
-        StepRange.parse("400:450")
-    """
-
-    first: int | None = None
-    last: int | None = None
-
-    def __contains__(self, step: int) -> bool:
-        return (self.first is None or step >= self.first) and (self.last is None or step <= self.last)
-
-    @staticmethod
-    def parse(text: str) -> StepRange:
-        """`A:B`, `A:`, `:B` or one step `A`."""
-        first, colon, last = text.partition(":")
-        try:
-            bounds = [int(part) if part.strip() else None for part in (first, last if colon else first)]
-        except ValueError:
-            bounds = []
-        if not bounds or (bounds[0] is not None and bounds[1] is not None and bounds[0] > bounds[1]):
-            raise UserError(f"--steps is {text!r}; write A:B with A not above B, A:, :B, or one step")
-        return StepRange(first=bounds[0], last=bounds[1])
-
-
-EVERY_STEP = StepRange()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

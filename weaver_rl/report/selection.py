@@ -13,8 +13,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from weaver_rl.errors import UserError
-from weaver_rl.report.run_data import EVERY_STEP, StepRange
 from weaver_rl.rollout_files import recorded_steps, rollouts_file
+from weaver_rl.step_range import EVERY_STEP, StepRange
 
 MAX_STEPS = 12
 """Steps that rollouts are taken from."""
