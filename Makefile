@@ -66,6 +66,8 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
+	@# A test module that cannot be imported is said now, not after the units.
+	$(BIN)/python -m pytest tests/ray tests/gpu --collect-only -qqq --no-header
 
 types: install
 	$(BIN)/mypy

@@ -10,7 +10,6 @@ import functools
 import os
 import shlex
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,14 +20,12 @@ from pathlib import Path
 import psutil
 from conftest import REPOSITORY
 from fault_parts import gone
-from test_nodes import actors_on, kill_node, processes_of
+from ray_nodes import RAY, TOKEN, actors_on, kill_node, processes_of, start_node
 
-RAY = str(Path(sys.executable).with_name("ray"))
 PRIVATE = Path("/tmp")
-STARTED = "Ray runtime started"
 # Else Ray takes a quarter of a minute to believe that a node is dead.
 HEALTH = {"RAY_health_check_period_ms": "1000", "RAY_health_check_failure_threshold": "3"}
-ENVIRONMENT = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0" * 64, "RAY_USAGE_STATS_ENABLED": "0"} | HEALTH
+ENVIRONMENT = TOKEN | HEALTH
 
 
 @functools.cache
@@ -103,23 +100,10 @@ class SeparateNodes:
         first_port = 20000 + 1000 * number
         ports = [f"--min-worker-port={first_port}", f"--max-worker-port={first_port + 900}"]
         command = [RAY, "start", *where, *ports, f"--num-cpus={num_cpus}", "--num-gpus=0", "--block"]
-        process = subprocess.Popen(
-            separated(command, sees) if can_separate() else command,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=environment(),
-            start_new_session=True,
-        )
+        process = start_node(separated(command, sees) if can_separate() else command, environment())
         node = Node(name, process, can_separate())
         self.nodes.append(node)
-        assert process.stdout is not None
-        lines = []
-        for line in process.stdout:
-            lines.append(line)
-            if STARTED in line:
-                return node
-        raise AssertionError("".join(lines))
+        return node
 
     def close(self) -> None:
         for node in reversed(self.nodes):
@@ -161,9 +145,3 @@ def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
     # Jobs find `weaver-rl` as a user's shell would.
     kept["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{kept['PATH']}"
     return kept | ENVIRONMENT | {"COLUMNS": "200"} | dict(more or {})
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

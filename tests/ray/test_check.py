@@ -11,11 +11,9 @@ from pathlib import Path
 
 import pytest
 from conftest import REPOSITORY, TINY, run
-from ray_head import FREE_CPUS, TOKEN, free_port
-from test_cluster import head
+from ray_nodes import FREE_CPUS, TOKEN, free_port
 
-__all__ = ["head"]
-
+pytest_plugins = ("head_fixtures",)
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
 
 

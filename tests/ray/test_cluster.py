@@ -5,23 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from conftest import TINY, run
-from ray_head import FREE_CPUS, TOKEN, free_port, ray_head
+from ray_nodes import FREE_CPUS, TOKEN, free_port
 
 from weaver_rl.run_folder import RunFolder
 
+pytest_plugins = ("head_fixtures",)
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
-
-
-@pytest.fixture
-def head() -> Iterator[str]:
-    """Address of a Ray head of our own."""
-    with ray_head() as address:
-        yield address
 
 
 def test_a_run_joins_a_cluster_and_leaves_it_running(head: str, tmp_path: Path) -> None:

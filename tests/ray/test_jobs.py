@@ -17,7 +17,7 @@ import pytest
 from conftest import TINY, Ended, run, shared_memory, started_by_runs, temporary_directories
 from fault_parts import BASE
 from job_parts import Cable, going
-from test_cluster import FREE_CPUS, TOKEN, head  # noqa: F401  the fixture of a foreign cluster
+from ray_nodes import FREE_CPUS, TOKEN
 
 from actors.cluster_processes import processes_of
 from weaver_rl.local_clusters import LocalCluster, local_clusters
@@ -25,6 +25,7 @@ from weaver_rl.process_state import GONE, ZOMBIE, process_state
 from weaver_rl.rollout_files import read_rollouts
 from weaver_rl.run_folder import RunFolder
 
+pytest_plugins = ("head_fixtures",)
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 Traces = tuple[set[int], set[str], set[str]]
@@ -134,7 +135,7 @@ def test_a_job_that_is_stopped_ends_in_good_order_and_leaves_no_process(started:
     assert not [title for title in titles if title.startswith(("ray::Sampler", "ray::LearnerRank", "ray::RewardActor"))]
 
 
-def test_the_cluster_ends_whole_though_a_node_died_and_a_foreign_one_goes_on(started: Started, head: str):  # noqa: F811
+def test_the_cluster_ends_whole_though_a_node_died_and_a_foreign_one_goes_on(started: Started, head: str):
     status = started.command("cluster", "status")
     assert status.status == 0, status.output
     assert "2 of 2 nodes serve" in status.output

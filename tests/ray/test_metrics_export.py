@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from conftest import COMMAND, REPOSITORY, TINY
 from prometheus_client.parser import text_string_to_metric_families
-from ray_head import TOKEN, free_port, ray_head
+from ray_nodes import TOKEN, free_port, ray_head
 
 from weaver_rl.ledger import read_ledger
 from weaver_rl.metrics import read_metrics

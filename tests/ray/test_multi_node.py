@@ -17,7 +17,8 @@ import pytest
 import yaml
 from conftest import COMMAND, TINY
 from fault_parts import GoingRun
-from separate_nodes import Node, SeparateNodes, can_separate, environment, free_port
+from ray_nodes import free_port
+from separate_nodes import Node, SeparateNodes, can_separate, environment
 
 from weaver_rl.live_state import LiveState, read_live_state
 from weaver_rl.rollout_files import read_rollouts

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
 import shutil
 import subprocess
 import tempfile
@@ -11,10 +9,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
 import pytest
-from fault_parts import LONG, Gate, going, gone
-from test_cluster import RAY, TOKEN, _free_port
+from fault_parts import LONG, Gate, going
+from ray_nodes import RAY, TOKEN, actors_on, free_port, kill_node, start_node
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
 
@@ -39,22 +36,9 @@ class Cluster:
         else:
             self.directories.append(tempfile.mkdtemp(prefix="wrl-node-"))
             where.append(f"--temp-dir={self.directories[0]}")
-        node = subprocess.Popen(
-            [RAY, "start", *where, "--num-cpus=1", "--block"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=os.environ | TOKEN,
-            start_new_session=True,
-        )
+        node = start_node([RAY, "start", *where, "--num-cpus=1", "--block"])
         self.nodes.append(node)
-        assert node.stdout is not None
-        lines = []
-        for line in node.stdout:
-            lines.append(line)
-            if "Ray runtime started" in line:
-                return node
-        raise AssertionError("".join(lines))
+        return node
 
     def close(self) -> None:
         for node in reversed(self.nodes):
@@ -63,31 +47,9 @@ class Cluster:
             shutil.rmtree(directory, ignore_errors=True)
 
 
-def processes_of(node: subprocess.Popen[str]) -> list[psutil.Process]:
-    return [psutil.Process(node.pid), *psutil.Process(node.pid).children(recursive=True)]
-
-
-def kill_node(node: subprocess.Popen[str]) -> None:
-    """All its processes at once, as when a machine is switched off."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        processes = processes_of(node)
-        for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        node.wait()
-        psutil.wait_procs(processes, timeout=10)
-
-
-def actors_on(node: subprocess.Popen[str]) -> set[str]:
-    """Kinds of this run's actors on a node."""
-    kinds = ("Sampler", "LearnerRank", "RewardActor")
-    titles = [" ".join(process.cmdline()) for process in processes_of(node) if not gone(process)]
-    return {kind for kind in kinds if any(title.startswith(f"ray::{kind}") for title in titles)}
-
-
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
-    cluster = Cluster(_free_port())
+    cluster = Cluster(free_port())
     try:
         cluster.add()
         yield cluster

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import subprocess
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,6 +11,7 @@ import httpx
 import psutil
 import pytest
 import torch
+from ray_nodes import free_port
 from serve_parts import (
     BASE,
     COMMAND,
@@ -38,22 +38,16 @@ GONE_WITHIN_S = 30.0
 
 
 @pytest.fixture
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-@pytest.fixture
 def own(tmp_path: Path, nothing_left_behind: None) -> Iterator[RunningServer]:
     server = RunningServer(tmp_path / "state")
     yield server
     server.stop()
 
 
-def test_a_killed_server_is_started_again_and_lies_to_nobody(tmp_path: Path, nothing_left_behind: None, free_port: int):
+def test_a_killed_server_is_started_again_and_lies_to_nobody(tmp_path: Path, nothing_left_behind: None):
     state = tmp_path / "state"
-    server = RunningServer(state, f"http.port={free_port}")
+    port = f"http.port={free_port()}"
+    server = RunningServer(state, port)
     try:
         service = server.client()
         service.connect()
@@ -79,7 +73,7 @@ def test_a_killed_server_is_started_again_and_lies_to_nobody(tmp_path: Path, not
         _, alive = psutil.wait_procs(children, timeout=GONE_WITHIN_S)
         assert not alive, [process.cmdline() for process in alive if process.is_running()]
 
-        server = RunningServer(state, f"http.port={free_port}")
+        server = RunningServer(state, port)
         # The very same client objects go on: results, sessions and checkpoints are there.
         assert all(
             map(
