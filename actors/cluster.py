@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,13 +29,14 @@ from ray.util.placement_group import (
 
 from actors.signals import StopSignals
 from weaver_rl.errors import ResourcesError
-from weaver_rl.placement import ClusterConfig, Placement, check_fits, shortage
+from weaver_rl.placement import ClusterConfig, Placement, asked_and_available, check_fits, shortage
 from weaver_rl.waits import current_waits
 
 LOCAL = "local"
 CONNECT_TIMEOUT_S = 10.0
 ENDED_WITHIN_S = 10.0
 PLACEMENT_POLL_S = 0.5
+SIGNALS_SEEN_WITHIN_S = 1.0
 SESSION_PREFIX = "weaver-rl-"
 DRIVER_LOCK = "driver.lock"
 """In a session's directory; locked while its driver or its reaper lives."""
@@ -203,28 +204,50 @@ def cluster_gpus() -> float:
 
 
 def cpus_per_node() -> int:
-    """CPUs of the smallest node."""
-    return max(1, int(min(resources.get("CPU", 1.0) for resources in _live_nodes())))
+    """CPUs of the smallest node that has any for actors."""
+    return max(1, int(min((resources["CPU"] for resources in _live_nodes() if resources.get("CPU")), default=1)))
 
 
 @contextlib.contextmanager
-def granted(placement: Placement, timeout_s: float) -> Iterator[Reservation]:
+def granted(placement: Placement, cluster: ClusterConfig, tell: Callable[[str], None]) -> Iterator[Reservation]:
     """Reserves the bundles for the length of the block.
 
+    Args:
+        tell: told once when there is no room yet.
+
     Raises:
-        ResourcesError: the cluster has too little, or does not free enough within `timeout_s`.
+        ResourcesError: the cluster has too little and makes no nodes, or has no room within `start_timeout_s`.
     """
-    check_fits(placement, _available(), _live_nodes())
+    timeout_s = cluster.start_timeout_s
+    try:
+        check_fits(placement, _available(), _live_nodes())
+    except ResourcesError:
+        if not cluster.autoscaling or is_private(cluster):
+            raise
+        tell(f"waiting up to {timeout_s:g} s for new nodes: {asked_and_available(placement, _available())}")
     group = placement_group([dict(bundle) for bundle in placement.bundles], strategy="PACK")
     reservation = Reservation(placement, group, timeout_s)
     try:
-        ready, _ = ray.wait([group.ready()], timeout=timeout_s)
-        if not ready:
-            raise ResourcesError(f"after {timeout_s:g} s: " + shortage(placement, _available()))
+        if not _has_room(group, timeout_s):
+            raise ResourcesError(f"after {timeout_s:g} s: " + shortage(placement, _available(), _live_nodes()))
         yield reservation
     finally:
         if ray.is_initialized():
             reservation.give_back()
+
+
+def _has_room(group: PlacementGroup, timeout_s: float) -> bool:
+    """Whether Ray places it within the time."""
+    end = time.monotonic() + timeout_s
+    ready = group.ready()
+    what = f"the cluster to have room for {len(group.bundle_specs)} bundles"
+    with current_waits().waiting("controller", what, timeout_s=timeout_s, root=True):
+        # In slices: a signal is then acted upon at once.
+        while (left := end - time.monotonic()) > 0:
+            placed, _ = ray.wait([ready], timeout=min(left, SIGNALS_SEEN_WITHIN_S))
+            if placed:
+                return True
+    return False
 
 
 class Reservation:
@@ -249,7 +272,7 @@ class Reservation:
         if not await _placed(self.group, bundles, self._timeout_s):
             raise ResourcesError(
                 f"a node with actors of this run is gone, and for {self._timeout_s:g} s no other had room for them: "
-                + shortage(self._placement, _available())
+                + shortage(self._placement, _available(), _live_nodes())
             )
 
     async def one_more(self, name: str, bundle: Mapping[str, float]) -> PlacementGroup:

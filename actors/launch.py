@@ -172,7 +172,7 @@ def _train_connected(
 
     with (
         StallWatch(waits, view, claim.folder, facts=facts) as watch,
-        granted(placement, config.cluster.start_timeout_s) as reservation,
+        granted(placement, config.cluster, view.note) as reservation,
     ):
         actors = Actors()
         try:

@@ -59,7 +59,7 @@ def _replay_connected(plan: ReplayPlan, scratch: Path, stop: StopSignals, consol
     whole = plan_placement(config.cluster, config.learner, config.sampler, cluster_gpus=cluster_gpus())
     placement = whole.only_learner()
     with (
-        granted(placement, config.cluster.start_timeout_s) as reservation,
+        granted(placement, config.cluster, console.print) as reservation,
         console.status("preparing the model") as status,
     ):
         actors = Actors()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -23,9 +24,13 @@ class ClusterConfig(Section):
     """Address of a running Ray cluster; null: `RAY_ADDRESS` if set, else a cluster of this machine for this run."""
     placement: Literal["auto", "split", "colocated"] = "auto"
     """`split`: samplers and learner ranks on GPUs of their own. `colocated`: one of each share one GPU. `auto`:
-    colocated where the cluster has a single GPU and the run one of each, else split."""
+    colocated where the cluster has a single GPU, no more can come, and the run has one of each; else split."""
+    autoscaling: bool = False
+    """The cluster makes nodes when they are asked for (KubeRay, Ray's cluster launcher): a run that has no room now
+    waits `start_timeout_s` for them. Else it is refused at once."""
     start_timeout_s: float = Field(default=30.0, gt=0)
-    """Resources that are not granted by then are an error that prints asked and available."""
+    """Resources that are not granted by then are an error that prints asked and available. With `autoscaling` give it
+    more than a new node takes, image and all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,17 +79,23 @@ def plan_placement(
         may_colocate: `auto` may mean colocated.
 
     Raises:
-        ResourcesError: colocated without GPUs, with more than one of each, or with GPUs per actor given.
+        ResourcesError: colocated without GPUs, with more than one of each, or with GPUs per actor given; GPUs per actor
+            not given and none there yet to go by.
     """
     on_gpu = cluster_gpus > 0
+    if cluster.autoscaling and not on_gpu and None in (learner.num_gpus, sampler.num_gpus):
+        raise ResourcesError(
+            "the cluster has no GPU now, and cluster.autoscaling may bring some: what is there does not tell whether "
+            "actors are to have GPUs. Give learner.num_gpus and sampler.num_gpus (0: none)."
+        )
     learner_gpus = (1.0 if on_gpu else 0.0) if learner.num_gpus is None else learner.num_gpus
     sampler_gpus = (float(sampler.tensor_parallel) if on_gpu else 0.0) if sampler.num_gpus is None else sampler.num_gpus
     one_each = (sampler.num_replicas, learner.num_ranks, sampler.tensor_parallel) == (1, 1, 1)
-    one_gpu = 0 < cluster_gpus < 2 and learner.num_gpus is None and sampler.num_gpus is None
+    one_gpu = 0 < cluster_gpus < 2 and not cluster.autoscaling and learner.num_gpus is None and sampler.num_gpus is None
     if cluster.placement == "colocated" or (cluster.placement == "auto" and may_colocate and one_each and one_gpu):
         return _colocated(learner, sampler, learner_gpus)
-    learner_bundle = _bundle(learner.num_cpus, learner_gpus)
-    sampler_bundle = _bundle(sampler.num_cpus, sampler_gpus)
+    learner_bundle = _bundle(learner.num_cpus, learner_gpus, learner.resources)
+    sampler_bundle = _bundle(sampler.num_cpus, sampler_gpus, sampler.resources)
     ranks, replicas = learner.num_ranks, sampler.num_replicas
     return Placement(
         bundles=(*(dict(learner_bundle) for _ in range(ranks)), *(dict(sampler_bundle) for _ in range(replicas))),
@@ -111,8 +122,9 @@ def _colocated(learner: LearnerConfig, sampler: SamplerConfig, learner_gpus: flo
             f"colocated gives each half of one GPU; seen learner.num_gpus {learner.num_gpus}, sampler.num_gpus "
             f"{sampler.num_gpus}. Leave both out, or use split."
         )
+    both = dict(Counter(learner.resources) + Counter(sampler.resources))
     return Placement(
-        bundles=(_bundle(learner.num_cpus + sampler.num_cpus, 1.0),),
+        bundles=(_bundle(learner.num_cpus + sampler.num_cpus, 1.0, both),),
         learner_bundles=(0,),
         sampler_bundles=(0,),
         sampler_gpus=0.5,
@@ -121,8 +133,8 @@ def _colocated(learner: LearnerConfig, sampler: SamplerConfig, learner_gpus: flo
     )
 
 
-def _bundle(num_cpus: float, num_gpus: float) -> dict[str, float]:
-    bundle = {"CPU": num_cpus, "GPU": num_gpus}
+def _bundle(num_cpus: float, num_gpus: float, custom: Mapping[str, float]) -> dict[str, float]:
+    bundle = {"CPU": num_cpus, "GPU": num_gpus, **custom}
     # Ray refuses an empty bundle; a sliver of CPU stands for "anywhere".
     return {kind: amount for kind, amount in bundle.items() if amount > 0} or {"CPU": 0.001}
 
@@ -136,23 +148,31 @@ def check_fits(placement: Placement, available: Mapping[str, float], nodes: list
     """
     asked = placement.total()
     short = {k: v for k, v in asked.items() if v > available.get(k, 0.0) + EPSILON}
-    unplaceable = [b for b in placement.bundles if not any(_fits(b, node) for node in nodes)]
-    if not short and not unplaceable:
-        return
-    raise ResourcesError(shortage(placement, available) + (_bundle_note(unplaceable[0], nodes) if unplaceable else ""))
+    if short or _unplaceable(placement, nodes):
+        raise ResourcesError(shortage(placement, available, nodes))
 
 
-def shortage(placement: Placement, available: Mapping[str, float]) -> str:
-    """Asked against available, in words."""
-    asked = placement.total()
-    rows = ", ".join(
-        f"{kind}: asked {amount:g}, available {available.get(kind, 0.0):g}" for kind, amount in asked.items()
-    )
+def shortage(placement: Placement, available: Mapping[str, float], nodes: list[Mapping[str, float]]) -> str:
+    """Asked against available, in words, and the actor that no node could hold if there is one."""
+    unplaceable = _unplaceable(placement, nodes)
     return (
-        f"the cluster cannot place this run ({rows}; {len(placement.learner_bundles)} learner rank(s), "
-        f"{len(placement.sampler_bundles)} sampler(s)). Lower learner.num_ranks, learner.num_cpus, "
-        f"sampler.num_replicas or sampler.num_cpus, share a GPU with cluster.placement colocated, or add nodes."
+        f"the cluster cannot place this run ({asked_and_available(placement, available)}). Lower learner.num_ranks, "
+        "learner.num_cpus, sampler.num_replicas or sampler.num_cpus, share a GPU with cluster.placement colocated, or "
+        "add nodes." + (_bundle_note(unplaceable[0], nodes) if unplaceable else "")
     )
+
+
+def asked_and_available(placement: Placement, available: Mapping[str, float]) -> str:
+    """Each resource, and for how many actors."""
+    rows = ", ".join(
+        f"{kind}: asked {amount:g}, available {available.get(kind, 0.0):g}"
+        for kind, amount in placement.total().items()
+    )
+    return f"{rows}; {len(placement.learner_bundles)} learner rank(s), {len(placement.sampler_bundles)} sampler(s)"
+
+
+def _unplaceable(placement: Placement, nodes: list[Mapping[str, float]]) -> list[dict[str, float]]:
+    return [bundle for bundle in placement.bundles if not any(_fits(bundle, node) for node in nodes)]
 
 
 def _fits(bundle: Mapping[str, float], node: Mapping[str, float]) -> bool:

@@ -97,6 +97,7 @@ def node_resources(group: dict[str, Any]) -> dict[str, float]:
     found = {
         "CPU": float(params.get("num-cpus", quantity(limits["cpu"]))),
         "GPU": float(params.get("num-gpus", limits.get("nvidia.com/gpu", 0))),
+        **json.loads(params.get("resources", '"{}"')[1:-1].replace("\\", "")),
     }
     return {kind: amount for kind, amount in found.items() if amount}
 

@@ -44,6 +44,18 @@ def test_what_others_use_is_not_free():
     assert lines(check_capacity(a_run(facts=facts)))["placement"].level == "fail"
 
 
+def test_where_nodes_may_come_too_little_is_a_warning():
+    facts = cluster(node(cpus=1), address="head:6379")
+    given = ("cluster={autoscaling: true, start_timeout_s: 900}", "learner.num_gpus=0", "sampler.num_gpus=0")
+    found = lines(check_capacity(a_run(*given, facts=facts)))["placement"]
+    assert (found.level, found.seen) == (
+        "warn",
+        "no room now: CPU: asked 2, available 1; 1 learner rank(s), 1 sampler(s)",
+    )
+    assert "900 s" in found.advice
+    assert lines(check_capacity(a_run(given[0], facts=facts)))["placement"].level == "fail"  # GPUs are not given
+
+
 @pytest.mark.parametrize(("there", "level"), [("2.60.0", "pass"), ("2.10.0", "fail")])
 def test_a_cluster_of_another_ray_cannot_be_joined(there: str, level: str):
     facts = cluster(node(), address="head:6379", versions={"ray": there, "python": installed()["python"]})

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from autoscaler_nodes import nodes_made
 from deploy_manifests import (
     KUBERAY,
     ROOT,
@@ -216,26 +219,41 @@ def planned(config: RunConfig, gpus: float) -> Placement:
     return plan_placement(config.cluster, config.learner, config.sampler, cluster_gpus=gpus)
 
 
-def nodes_of(spec: dict[str, Any], replicas: str) -> list[dict[str, float]]:
+def nodes_of(spec: dict[str, Any], pods: Mapping[str, int]) -> list[dict[str, float]]:
     head = node_resources(spec["headGroupSpec"])
-    workers = [node_resources(group) for group in spec["workerGroupSpecs"] for _ in range(group[replicas])]
+    workers = [node_resources(group) for group in spec["workerGroupSpecs"] for _ in range(pods[group["groupName"]])]
     return [head, *workers]
 
 
 def all_together(nodes: list[dict[str, float]]) -> dict[str, float]:
-    return {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in ("CPU", "GPU")}
+    kinds = {kind for node in nodes for kind in node}
+    return {kind: sum(node.get(kind, 0.0) for node in nodes) for kind in kinds}
+
+
+def ray_cluster(manifest: str) -> dict[str, Any]:
+    """The RayCluster in it, or that of its job as KubeRay makes it."""
+    (item,) = (item for item in documents(manifest) if item["kind"].startswith("Ray"))
+    return {"kind": "RayCluster", "metadata": item["metadata"], "spec": cluster_spec(item)}
 
 
 @pytest.mark.parametrize("manifest", ["cluster.yaml", "train.yaml"])
-def test_the_run_fits_the_pods_that_are_there_from_the_start(run_config: RunConfig, manifest: str):
-    # A run is refused when it asks for more than there is: the autoscaler is not waited for.
-    (item,) = (item for item in documents(manifest) if item["kind"].startswith("Ray"))
-    nodes = nodes_of(cluster_spec(item), "minReplicas")
-    placement = planned(run_config, all_together(nodes)["GPU"])
+def test_the_autoscaler_makes_for_the_run_the_pods_that_it_needs_and_no_others(run_config: RunConfig, manifest: str):
+    assert run_config.cluster.autoscaling  # it waits for them
+    cluster = ray_cluster(manifest)
+    placement = planned(run_config, 0.0)
+    made = nodes_made(cluster, placement.bundles)
+    assert made == {"learners": 1, "samplers": 4, "rewards": 2}
+    nodes = nodes_of(cluster["spec"], made)
     check_fits(placement, all_together(nodes), nodes)
     assert_packs(placement.bundles, nodes)
-    for group in cluster_spec(item)["workerGroupSpecs"]:
+    for group in cluster["spec"]["workerGroupSpecs"]:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+
+
+def test_no_gpu_pod_is_there_without_a_run():
+    groups = ray_cluster("cluster.yaml")["spec"]["workerGroupSpecs"]
+    assert {group["groupName"] for group in groups if node_resources(group).get("GPU")} == {"learners", "samplers"}
+    assert all(group["minReplicas"] == 0 for group in groups if node_resources(group).get("GPU"))
 
 
 def assert_packs(bundles: tuple[dict[str, float], ...], nodes: list[dict[str, float]]) -> None:
@@ -248,18 +266,32 @@ def assert_packs(bundles: tuple[dict[str, float], ...], nodes: list[dict[str, fl
 
 
 def test_one_pod_too_few_is_found(run_config: RunConfig):
-    nodes = nodes_of(one("RayCluster", "cluster.yaml")["spec"], "minReplicas")
-    short = [node for node in nodes if node.get("GPU") != 4.0]
+    short = nodes_of(ray_cluster("cluster.yaml")["spec"], {"learners": 0, "samplers": 4, "rewards": 2})
     with pytest.raises(ResourcesError, match=r"GPU: asked 8, available 4"):
         check_fits(planned(run_config, 8.0), all_together(short), short)
 
 
+def test_a_run_that_fits_no_pod_is_found(run_config: RunConfig):
+    bundle = planned(run_config, 0.0).bundles[0] | {"GPU": 5.0}
+    with pytest.raises(AssertionError, match="no nodes can hold it"):
+        nodes_made(ray_cluster("cluster.yaml"), [bundle])
+
+
 def test_the_configurations_of_the_repository_fit_the_cluster_that_says_so():
-    config = load_config(ROOT / "configs" / "gsm8k_8gpu.yaml")
-    nodes = nodes_of(one("RayCluster", "cluster.yaml")["spec"], "minReplicas")
-    placement = planned(config, all_together(nodes)["GPU"])
+    text = (ROOT / "docs" / "clusters.md").read_text().split("## A cluster that grows")[1]
+    given = yaml.safe_load(text.split("```yaml\n")[1].split("```")[0])
+    overrides = [f"{name}.{key}={json.dumps(value)}" for name, keys in given.items() for key, value in keys.items()]
+    config = load_config(ROOT / "configs" / "gsm8k_8gpu.yaml", overrides)
+    cluster = ray_cluster("cluster.yaml")
+    placement = planned(config, 0.0)
+    made = nodes_made(cluster, placement.bundles)
+    assert made == {"learners": 1, "samplers": 4, "rewards": 2}
+    nodes = nodes_of(cluster["spec"], made)
     check_fits(placement, all_together(nodes), nodes)
     assert_packs(placement.bundles, nodes)
+    # What docs/clusters.md says of actors that do not name their kind of node.
+    without = [{kind: bundle[kind] for kind in ("CPU", "GPU")} for bundle in placement.bundles]
+    assert nodes_made(cluster, without) == {"learners": 2, "rewards": 2}
 
 
 @pytest.mark.parametrize("manifest", ["cluster.yaml", "train.yaml"])
@@ -379,7 +411,7 @@ def serve_config(tmp_path: Path) -> ServeConfig:
 
 def test_learner_and_engine_of_every_model_fit_the_pods(serve_config: ServeConfig):
     spec = cluster_spec(one("RayCluster", "serve.yaml"))
-    nodes = nodes_of(spec, "minReplicas")
+    nodes = nodes_of(spec, {group["groupName"]: group["minReplicas"] for group in spec["workerGroupSpecs"]})
     bundles: tuple[dict[str, float], ...] = ()
     for model in serve_config.models:
         placement = plan_placement(

@@ -13,6 +13,7 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from autoscaler_nodes import nodes_made
 
 from weaver_rl.config import load_config
 from weaver_rl.placement import check_fits, plan_placement
@@ -71,11 +72,15 @@ def test_the_launcher_fills_in_the_rest(prepared: dict[str, Any]):
 
 def test_the_configuration_that_the_sizes_are_for_fits(prepared: dict[str, Any]):
     kinds = prepared["aws"]["available_node_types"]
-    nodes = [kinds["head"]["resources"]]
-    nodes += [kinds[name]["resources"] for name in ("learners", "samplers") for _ in range(kinds[name]["min_workers"])]
-    free = {kind: float(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU")}
-    config = load_config(ROOT / "configs" / "gsm8k_8gpu.yaml")
-    check_fits(plan_placement(config.cluster, config.learner, config.sampler, cluster_gpus=free["GPU"]), free, nodes)
+    roles = ("learner", "sampler")
+    given = [f"{role}.{key}" for role in roles for key in ("num_gpus=1", f"resources={{{role}: 1}}")]
+    config = load_config(ROOT / "configs" / "gsm8k_8gpu.yaml", [*given, "cluster.autoscaling=true"])
+    placement = plan_placement(config.cluster, config.learner, config.sampler, cluster_gpus=0.0)
+    made = nodes_made(prepared["aws"], placement.bundles)
+    assert made == {"learners": 1, "samplers": 4}
+    nodes = [kinds[name]["resources"] for name in made for _ in range(made[name])]
+    free = {kind: float(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU", "learner", "sampler")}
+    check_fits(placement, free, nodes)
     assert kinds["samplers"]["max_workers"] > config.sampler.num_replicas
     assert prepared["aws"]["max_workers"] >= sum(kinds[name]["max_workers"] for name in ("learners", "samplers"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from weaver_rl.engines.config import SamplerConfig
 from weaver_rl.errors import ResourcesError
@@ -99,6 +100,35 @@ def test_a_single_gpu_is_shared_unless_the_run_says_otherwise():
     assert not plan(gpus=1, sampler={"num_replicas": 2}).colocated
     assert not plan(gpus=1, learner={"num_gpus": 0.25}).colocated
     assert not plan(gpus=0).colocated
+
+
+def test_custom_resources_are_part_of_each_bundle_of_the_role():
+    kinds = {"learner": {"resources": {"learner": 1}}, "sampler": {"num_replicas": 2, "resources": {"sampler": 0.5}}}
+    placement = plan(gpus=4, **kinds)
+    assert placement.bundles[0] == {"CPU": 1, "GPU": 1, "learner": 1}
+    assert placement.bundles[1:] == ({"CPU": 1, "GPU": 1, "sampler": 0.5},) * 2
+    kinds["sampler"]["num_replicas"] = 1
+    assert plan(COLOCATED, gpus=1, **kinds).bundles == ({"CPU": 2, "GPU": 1, "learner": 1, "sampler": 0.5},)
+    with pytest.raises(ResourcesError, match="learner: asked 1, available 0"):
+        check_fits(placement, {"CPU": 8.0, "GPU": 4.0, "sampler": 2.0}, [{"CPU": 8.0, "GPU": 4.0, "sampler": 2.0}])
+
+
+@pytest.mark.parametrize(
+    ("name", "amount", "said"), [("GPU", 1, "give num_gpus"), ("cpu", 1, "num_cpus"), ("x", 0, "seen 0")]
+)
+def test_a_custom_resource_is_none_of_rays_own_and_more_than_nothing(name: str, amount: float, said: str):
+    for section in (LearnerConfig, SamplerConfig):
+        with pytest.raises(ValidationError, match=said):
+            section(resources={name: amount})
+
+
+def test_where_nodes_may_come_gpus_are_not_told_from_those_that_are_there():
+    growing = ClusterConfig(autoscaling=True)
+    for given in ({}, {"learner": {"num_gpus": 1}}, {"sampler": {"num_gpus": 1}}):
+        with pytest.raises(ResourcesError, match=r"Give learner.num_gpus and sampler.num_gpus"):
+            plan(growing, gpus=0, **given)
+    assert plan(growing, gpus=0, learner={"num_gpus": 1}, sampler={"num_gpus": 1}).total()["GPU"] == 2
+    assert not plan(growing, gpus=1).colocated
 
 
 def test_an_actor_larger_than_every_node_is_named():

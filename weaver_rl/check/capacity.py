@@ -10,7 +10,7 @@ from weaver_rl.check.resources import ClusterFacts, open_file_limit, temporary_d
 from weaver_rl.check.subject import RunUnderCheck
 from weaver_rl.check.versions import installed
 from weaver_rl.errors import ResourcesError
-from weaver_rl.placement import Placement, check_fits, plan_placement
+from weaver_rl.placement import ClusterConfig, Placement, asked_and_available, check_fits, plan_placement
 from weaver_rl.weights.config import resolve_transport
 
 FULL_DISK_SHARE = 0.95
@@ -54,18 +54,33 @@ def _amounts(resources: Mapping[str, float]) -> str:
 
 
 def _placement(run: RunUnderCheck, facts: ClusterFacts) -> Finding:
+    advice = "change what the line names; wait or stop other runs if the cluster is only busy"
     try:
         placement = placement_of(run, facts)
+    except ResourcesError as error:
+        return failed("placement", str(error), advice)
+    try:
         check_fits(placement, facts.available, [node.resources for node in facts.nodes])
     except ResourcesError as error:
-        advice = "change what the line names; wait or stop other runs if the cluster is only busy"
-        return failed("placement", str(error), advice)
+        return no_room(run.config.cluster, placement, facts, str(error), advice)
     kind = "colocated" if placement.colocated else "split"
     asked = ", ".join(f"{amount:g} {name}s" for name, amount in placement.total().items())
     return passed(
         "placement",
         f"{kind}: {run.config.learner.num_ranks} learner rank(s) and {run.config.sampler.num_replicas} sampler(s) ask "
         f"for {asked}",
+    )
+
+
+def no_room(cluster: ClusterConfig, placement: Placement, facts: ClusterFacts, seen: str, advice: str) -> Finding:
+    """The line for what does not fit now: a warning where nodes may come."""
+    if not cluster.autoscaling:
+        return failed("placement", seen, advice)
+    return warned(
+        "placement",
+        f"no room now: {asked_and_available(placement, facts.available)}",
+        f"it waits {cluster.start_timeout_s:g} s (cluster.start_timeout_s) for new nodes: see that this is enough, and "
+        "that the autoscaler has a kind of node for each actor",
     )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from weaver_rl.check.capacity import check_cluster
+from weaver_rl.check.capacity import check_cluster, no_room
 from weaver_rl.check.checklist import Check, Entry
 from weaver_rl.check.finding import Finding, failed, passed
 from weaver_rl.check.given import Given, NotCheckedError
@@ -126,15 +126,22 @@ def _models(server: ServerUnderCheck) -> Iterator[Finding]:
 def _cluster(server: ServerUnderCheck) -> Iterator[Finding]:
     facts = server.cluster.get()
     yield from check_cluster(facts)
+    advice = "change what the line names, or set preload: false where it may wait"
     try:
         placements = [_placement(server, served, facts) for served in server.config.models if served.preload]
-        if placements:
-            together = _together(placements)
-            check_fits(together, facts.available, [node.resources for node in facts.nodes])
-            asked = ", ".join(f"{amount:g} {kind}s" for kind, amount in together.total().items())
-            yield passed("placement", f"learner and engine of {len(placements)} model(s) ask for {asked}")
     except ResourcesError as error:
-        yield failed("placement", str(error), "change what the line names, or set preload: false where it may wait")
+        yield failed("placement", str(error), advice)
+        return
+    if not placements:
+        return
+    together = _together(placements)
+    try:
+        check_fits(together, facts.available, [node.resources for node in facts.nodes])
+    except ResourcesError as error:
+        yield no_room(server.config.cluster, together, facts, str(error), advice)
+    else:
+        asked = ", ".join(f"{amount:g} {kind}s" for kind, amount in together.total().items())
+        yield passed("placement", f"learner and engine of {len(placements)} model(s) ask for {asked}")
 
 
 def _placement(server: ServerUnderCheck, served: ServedModel, facts: ClusterFacts) -> Placement:

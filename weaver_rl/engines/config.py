@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import Field, field_validator
 
+from weaver_rl.custom_resources import CustomResources
 from weaver_rl.section import Section
 
 OWNED_ENGINE_ARGS = {
@@ -57,6 +58,8 @@ class SamplerConfig(Section):
     """CPUs that Ray reserves for an engine."""
     num_gpus: float | None = Field(default=None, ge=0)
     """GPUs that Ray reserves for an engine; null: `tensor_parallel` where the cluster has GPUs, else 0."""
+    resources: CustomResources = Field(default_factory=dict)
+    """Custom resources of Ray for an engine, as `learner.resources`: `{sampler: 1}`."""
     num_threads: int | None = Field(default=None, ge=1)
     """OpenMP threads of a CPU engine; null: the CPUs of its node shared out among the engines."""
     engine_args: dict[str, Any] = Field(default_factory=dict)

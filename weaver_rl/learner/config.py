@@ -7,6 +7,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from weaver_rl.custom_resources import CustomResources
 from weaver_rl.section import Section
 from weaver_rl.types import AdamParams
 
@@ -42,6 +43,9 @@ class LearnerConfig(Section):
     """CPUs reserved for each rank."""
     num_gpus: float | None = Field(default=None, ge=0)
     """GPUs reserved for each rank; null: 1 where the cluster has GPUs, else 0. 0 trains on the CPU."""
+    resources: CustomResources = Field(default_factory=dict)
+    """Custom resources of Ray for each rank, to have it on nodes of one kind: `{learner: 1}` where those were started
+    with `ray start --resources='{"learner": 4}'`."""
     learning_rate: float = Field(default=1e-5, gt=0)
     """Peak learning rate, reached after the warm-up."""
     schedule: ScheduleConfig = ScheduleConfig()
