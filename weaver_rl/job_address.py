@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 
 from weaver_rl.errors import ConfigError
 from weaver_rl.local_clusters import LocalCluster
+from weaver_rl.run_location import ADDRESS_PASSWORD_REFUSED, has_password
 
 VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS")
 DASHBOARD_PORT = 8265
@@ -43,6 +44,8 @@ def job_server_address(given: str | None, environment: Mapping[str, str], cluste
 
 
 def _checked(address: str, where: str) -> str:
+    if has_password(address):
+        raise ConfigError(f"{where}: {ADDRESS_PASSWORD_REFUSED}")
     url = address if "://" in address else f"http://{address}"
     try:
         parts = urlsplit(url)

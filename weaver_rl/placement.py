@@ -7,11 +7,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from weaver_rl.engines.config import SamplerConfig
 from weaver_rl.errors import ResourcesError
 from weaver_rl.learner.config import LearnerConfig
+from weaver_rl.run_location import ADDRESS_PASSWORD_REFUSED, has_password
 from weaver_rl.section import Section
 
 EPSILON = 1e-6
@@ -31,6 +32,13 @@ class ClusterConfig(Section):
     start_timeout_s: float = Field(default=30.0, gt=0)
     """Resources that are not granted by then are an error that prints asked and available. With `autoscaling` give it
     more than a new node takes, image and all."""
+
+    @field_validator("address")
+    @classmethod
+    def _no_password(cls, address: str | None) -> str | None:
+        if address is not None and has_password(address):
+            raise ValueError(ADDRESS_PASSWORD_REFUSED)
+        return address
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

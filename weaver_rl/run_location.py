@@ -31,6 +31,10 @@ PASSWORD_REFUSED = (
     "the URL has a password in it, which logs and config.json would show; leave it out and set the environment "
     "variable FSSPEC_SCHEME_PASSWORD, with the scheme in place of SCHEME"
 )
+ADDRESS_PASSWORD_REFUSED = (
+    "the address has a password in it, which logs would show; leave it out and set RAY_AUTH_TOKEN, or for a proxy "
+    """RAY_JOB_HEADERS='{"Authorization": "…"}'"""
+)
 
 
 def staging_folder(url: str) -> Path:

@@ -54,6 +54,13 @@ def test_one_that_is_none_is_told_what_one_looks_like(given: str, words: str):
     assert words in str(error.value)
 
 
+def test_a_password_in_an_address_is_refused_and_not_shown():
+    for given in ("http://anne:secret@head:8265", "http://anne:secret@head:port", "ray://anne:secret@head"):
+        with pytest.raises(ConfigError, match="RAY_JOB_HEADERS") as error:
+            job_server_address(given, {}, ())
+        assert "secret" not in str(error.value)
+
+
 def test_the_option_comes_before_the_environment_and_that_before_the_local_cluster():
     here = [cluster("default", 7000)]
     both = {"RAY_API_SERVER_ADDRESS": "http://a:1", "RAY_DASHBOARD_ADDRESS": "http://b:1"}
