@@ -394,6 +394,7 @@ def test_tables_of_something_else_are_left_alone(url: str):
     ("url", "said"),
     [
         ("no url", "not a database URL; write sqlite:"),
+        ("postgresql:/root:secret@host/name", "not a database URL; write sqlite:"),
         ("mysql://root:secret@host/name", "asks for 'mysql'"),
         ("postgresql+asyncpg://root:secret@host/name", "asks for 'postgresql.asyncpg'"),
         ("sqlite://", "in memory"),

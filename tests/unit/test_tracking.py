@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 
 from actors.signals import StopSignals
-from weaver_rl.errors import UserError
+from weaver_rl.config import load_config
+from weaver_rl.errors import ConfigError, UserError
 from weaver_rl.metrics import MetricsWriter, read_metrics
 from weaver_rl.run_folder import RunFolder, RunState
 from weaver_rl.tracking.background import BackgroundTracker, read_sent
@@ -34,7 +35,9 @@ class FakeService:
         self.steps: list[tuple[int, float]] = []
         self.ended: list[tuple[RunState, str | None]] = []
         self.num_failures = 0
+        self.is_down = False
         self.given_up = False
+        self.asked = threading.Event()
         self.taken = threading.Event()
         self.open = threading.Event()
         self.open.set()
@@ -43,8 +46,10 @@ class FakeService:
 class FakeTracker:
     name = "the service"
 
-    def __init__(self, service: FakeService) -> None:
+    def __init__(self, service: FakeService, *, arrives_at_end: bool = False) -> None:
         self._service = service
+        self.arrives_at_end = arrives_at_end
+        self._on_their_way: list[tuple[int, float]] = []
 
     def new_id(self) -> str:
         return f"run-{len(self._service.begun)}"
@@ -55,14 +60,20 @@ class FakeTracker:
         return run_id
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
+        self._service.asked.set()
         self._service.open.wait(10)
         if self._service.num_failures:
             self._service.num_failures -= 1
             raise ConnectionError("no route to host")
-        self._service.steps.append((step, values["loss"]))
+        if self._service.is_down and not self.arrives_at_end:
+            raise ConnectionError("no route to host")
+        (self._on_their_way if self.arrives_at_end else self._service.steps).append((step, values["loss"]))
         self._service.taken.set()
 
     def end(self, state: RunState, reason: str | None) -> None:
+        if self._service.is_down:
+            raise ConnectionError("no route to host")
+        self._service.steps += self._on_their_way
         self._service.ended.append((state, reason))
 
     def give_up(self) -> None:
@@ -76,9 +87,9 @@ class Bench:
         self.folder = RunFolder(path)
         self.service = FakeService()
 
-    def sink(self, max_waiting: int = 100) -> BackgroundTracker:
+    def sink(self, max_waiting: int = 100, *, arrives_at_end: bool = False) -> BackgroundTracker:
         return BackgroundTracker(
-            FakeTracker(self.service),
+            FakeTracker(self.service, arrives_at_end=arrives_at_end),
             TrackedRun(name="a", directory=self.folder.tracking),
             sent_file=self.folder.tracking / "service.json",
             metrics_file=self.folder.metrics_file,
@@ -127,6 +138,49 @@ def test_a_run_that_goes_back_tells_a_step_as_it_was_the_first_time(bench: Bench
         metrics.write(3, "train", {"loss": 3.0})
     sink.close("finished", None, 10)
     assert [step for step, _ in bench.service.steps] == [1, 2, 3]
+
+
+def test_steps_that_wait_are_forgotten_when_the_run_goes_back_behind_them(bench: Bench):
+    sink = bench.sink()
+    with MetricsWriter(bench.folder, sinks=[sink]) as metrics:
+        metrics.write(1, "train", {"loss": 1.0})
+        assert bench.service.taken.wait(10)
+        bench.service.is_down = True
+        metrics.write(2, "train", {"loss": 2.0})
+        metrics.write(3, "train", {"loss": 3.0})
+        metrics.truncate_after(1)
+        metrics.write(2, "train", {"loss": 20.0})
+        bench.service.is_down = False
+    sink.close("finished", None, 10)
+    assert bench.service.steps == [(1, 1.0), (2, 20.0)]
+
+
+def test_a_file_that_is_being_read_is_read_anew_when_the_run_goes_back(bench: Bench):
+    with MetricsWriter(bench.folder) as metrics:
+        for step in (1, 2, 3):
+            metrics.write(step, "train", {"loss": float(step)})
+    bench.service.open.clear()
+    sink = bench.sink()
+    with MetricsWriter(bench.folder, sinks=[sink]) as metrics:
+        assert bench.service.asked.wait(10)
+        metrics.truncate_after(1)
+        metrics.write(2, "train", {"loss": 20.0})
+        bench.service.open.set()
+    sink.close("finished", None, 10)
+    assert bench.service.steps == [(1, 1.0), (2, 20.0)]
+
+
+def test_steps_on_their_way_have_not_arrived_until_the_end_says_so(bench: Bench, caplog: pytest.LogCaptureFixture):
+    for last, is_down in ((2, True), (3, False), (4, False)):
+        bench.service.is_down = is_down
+        sink = bench.sink(arrives_at_end=True)
+        with MetricsWriter(bench.folder, sinks=[sink]) as metrics:
+            for step in range(last if last > 2 else 1, last + 1):
+                metrics.write(step, "train", {"loss": float(step)})
+        sink.close("finished", None, 10)
+        assert read_sent(bench.folder.tracking / "service.json").last_step == (-1 if is_down else last)
+    assert "it is known to have the steps up to -1; metrics.jsonl has all, and a resumed run sends" in caplog.text
+    assert bench.service.steps == bench.steps_of_file()
 
 
 def test_what_a_killed_process_did_not_send_is_sent_by_the_next(bench: Bench):
@@ -236,12 +290,14 @@ def test_without_tracking_nothing_is_needed_and_nobody_is_told(tmp_path: Path):
         (TrackingConfig(wandb=WandbConfig(project="p", mode="offline")), "wandb", "wandb"),
         (TrackingConfig(mlflow=MlflowConfig(experiment="e")), "mlflow", "mlflow"),
         (TrackingConfig(mlflow=MlflowConfig(experiment="e", tracking_uri="sqlite:///a.db")), "alembic", "mlflow"),
+        (TrackingConfig(mlflow=MlflowConfig(experiment="e")), "alembic", "mlflow"),
     ],
 )
 def test_a_package_that_is_missing_is_named(
     config: TrackingConfig, package: str, extra: str, monkeypatch: pytest.MonkeyPatch
 ):
     find = importlib.util.find_spec
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://bob:s3cret@db/mlflow")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == package else find(name))
     with pytest.raises(UserError, match=rf'tracking.{extra} needs {package}.*pip install "weaver-rl\[{extra}\]"'):
         require_tracking(config)
@@ -256,6 +312,23 @@ def test_a_missing_api_key_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         require_tracking(config)
     (tmp_path / "netrc").write_text("machine api.wandb.ai login user password 0123\n")
     require_tracking(config)
+
+
+@pytest.mark.parametrize(
+    "uri", ["postgresql://bob:s3cret@db/mlflow", "mysql+pymysql://bob:s3cret@db:3306/m", "https://bob:s3cret@host"]
+)
+def test_a_password_is_not_taken_in_a_tracking_uri(uri: str):
+    quickstart = Path(__file__).parents[2] / "configs" / "quickstart.yaml"
+    with pytest.raises(ConfigError, match=r"tracking\.mlflow\.tracking_uri.*password.*MLFLOW_TRACKING_URI") as caught:
+        load_config(quickstart, ["tracking.mlflow.experiment=e", f"tracking.mlflow.tracking_uri={uri}"])
+    assert "s3cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://host:5000", "sqlite:////data/m.db", "postgresql://bob@db:5432/m", "databricks"]
+)
+def test_a_tracking_uri_without_a_password_is_taken(uri: str):
+    assert MlflowConfig(experiment="e", tracking_uri=uri).tracking_uri == uri
 
 
 def test_a_run_that_replaces_another_is_another_at_the_service(tmp_path: Path):

@@ -16,6 +16,7 @@ import pytest
 
 from weaver_rl.metrics import MetricsWriter, read_metrics
 from weaver_rl.run_folder import RunFolder
+from weaver_rl.tracking.background import read_sent
 from weaver_rl.tracking.config import MlflowConfig, TrackingConfig, WandbConfig
 from weaver_rl.tracking.mlflow_run import MlflowRun
 from weaver_rl.tracking.sinks import tracked
@@ -161,8 +162,61 @@ def test_a_server_that_nobody_reaches_keeps_no_run_from_ending(tmp_path: Path):
     )
     assert done.returncode == 0, done.stderr
     assert len(list(read_metrics(RunFolder(tmp_path).metrics_file))) == 3
-    left = "did not take everything within 1 s of the end: it has the steps up to -1; metrics.jsonl has all, and a"
+    left = (
+        "did not take everything within 1 s of the end: it is known to have the steps up to -1; metrics.jsonl has all,"
+    )
     assert sorted(line.partition(left)[0] for line in done.stderr.splitlines()) == ["MLflow ", "Weights & Biases "]
+
+
+ONLINE = """
+import logging
+import sys
+from pathlib import Path
+from test_tracking_services import *
+logging.basicConfig(format="%(message)s")
+first, last, end_timeout_s = (int(text) for text in sys.argv[2:])
+tracking = TrackingConfig(wandb=WandbConfig(project="p"), end_timeout_s=end_timeout_s)
+train(RunFolder(Path(sys.argv[1])), tracking, first, last)
+"""
+
+
+def test_wandb_gets_from_a_resumed_run_what_an_outage_kept_from_it_and_nothing_twice(tmp_path: Path):
+    pytest.importorskip("wandb")
+    from wandb_server import wandb_server
+
+    folder = RunFolder(tmp_path)
+    sent_file = folder.tracking / "wandb.json"
+    with wandb_server() as server:
+        # Without the name of the process that W&B has here for other tests: theirs is not the child's to end.
+        known = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+        known |= {"WANDB_BASE_URL": server.url, "WANDB_API_KEY": "0" * 40, "WANDB_ERROR_REPORTING": "false"}
+        known["PYTHONPATH"] = os.pathsep.join(sys.path)
+
+        def online(first: int, last: int, end_timeout_s: int) -> str:
+            done = subprocess.run(
+                [sys.executable, "-c", ONLINE, str(tmp_path), str(first), str(last), str(end_timeout_s)],
+                env=known,
+                stderr=subprocess.PIPE,
+                text=True,
+                timeout=55,
+            )
+            assert done.returncode == 0, done.stderr
+            return done.stderr
+
+        server.takes_history = False
+        assert "is known to have the steps up to -1; metrics.jsonl has all" in online(1, 3, 5)
+        assert server.lines == {}
+        server.takes_history = True
+        assert online(4, 5, 30) == ""
+        sent = read_sent(sent_file)
+        assert sent.last_step == 5
+        sent_file.write_text(f'{{"run_id": "{sent.run_id}", "last_step": 2}}')  # as a process leaves it that was killed
+        assert online(6, 6, 30) == ""
+    found: dict[str, list[tuple[int, float]]] = {}
+    for _, line in sorted(server.lines.items()):
+        for name in line.keys() - {"_step", "_runtime", "_timestamp"}:
+            found.setdefault(name, []).append((line["_step"], line[name]))
+    assert found == expected(folder)
 
 
 # -- MLflow ------------------------------------------------------------------------------------------------------------
@@ -193,6 +247,25 @@ def test_mlflow_has_what_metrics_jsonl_has(tmp_path: Path):
     assert run.info.run_name == "a-run"
     assert run.data.params["model.layers"] == "[1, 2]"
     assert (run.data.params["note"], run.data.tags["resumed.note"], run.data.tags["team"]) == ("null", "other", "x")
+
+
+def test_a_run_whose_beginning_is_tried_again_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("mlflow")
+    pytest.importorskip("alembic")
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    tracker = MlflowRun(MlflowConfig(experiment="e", tracking_uri=uri))
+    run = TrackedRun(name="a", config=CONFIG, directory=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(MlflowClient, "log_batch", lambda *args, **kwargs: 1 / 0)
+        for _ in range(2):
+            with pytest.raises(ZeroDivisionError):
+                tracker.begin(None, run)
+    run_id = tracker.begin(None, run)
+    client = MlflowClient(tracking_uri=uri)
+    (found,) = client.search_runs([client.get_run(run_id).info.experiment_id])
+    assert (found.info.run_id, found.data.params["seed"]) == (run_id, "0")
 
 
 class Unwilling(http.server.BaseHTTPRequestHandler):

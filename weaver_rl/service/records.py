@@ -13,6 +13,7 @@ TrainingMode = Literal["lora", "full_ft"]
 ModelStatus = Literal["active", "terminated"]
 TrainingState = Literal["fresh", "trained", "lost"]
 OperationStatus = Literal["pending", "running", "done", "error"]
+ENDED: tuple[OperationStatus, ...] = ("done", "error")
 OperationKind = Literal[
     "forward", "forward_backward", "optim_step", "export_sampler", "save", "load", "export_hf", "sample", "logprobs"
 ]
@@ -102,7 +103,7 @@ class Operation:
 
     @property
     def ended(self) -> bool:
-        return self.status in ("done", "error")
+        return self.status in ENDED
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -113,7 +113,7 @@ def _parsed(url: str) -> URL:
     try:
         parsed = make_url(url)
     except ArgumentError as error:
-        raise ConfigError(f"database: {url!r} is not a database URL; {allowed}") from error
+        raise ConfigError(f"database: the text is not a database URL; {allowed}") from error
     shown = parsed.render_as_string(hide_password=True)
     if parsed.drivername == "postgresql":
         parsed = parsed.set(drivername="postgresql+psycopg")

@@ -4,9 +4,9 @@
 - `_work`   sends what waits, in order, each step once; waits for the service, and tries again when that fails.
 - `close`   produces the end of the run at the service; waits for `_work`, at most so long as it is told.
 
-What was sent is kept in a file: a resumed run goes on with the same run of the service and sends first what
+What arrived is kept in a file: a resumed run goes on with the same run of the service and sends first what
 metrics.jsonl has and the service has not. A step that was sent is not sent again when the run goes back behind it:
-services take steps in order only, and the run folder is where the truth is.
+services take steps in order only, and the run folder is where the truth is. A step that still waits is forgotten.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from weaver_rl.metrics import read_metrics
@@ -41,7 +40,7 @@ class Sent:
     run_id: str | None = None
     """The run at the service."""
     last_step: int = -1
-    """The last step that it took."""
+    """The last step that it is known to have."""
 
 
 def read_sent(path: Path) -> Sent:
@@ -87,7 +86,10 @@ class BackgroundTracker:
         self._has_warned = False
         self._has_given_up = False
         self._is_over = False
+        self._num_rewinds = 0
         self._sent = read_sent(sent_file)
+        self._last_logged = self._sent.last_step
+        """The last step that the tracker was told; it may be on its way."""
         self._thread = threading.Thread(target=self._work, name=f"tracking: {tracker.name}", daemon=True)
         self._thread.start()
 
@@ -103,7 +105,10 @@ class BackgroundTracker:
             self._changed.notify()
 
     def rewound(self, step: int) -> None:
-        """See `MetricsSink`. What was sent stays."""
+        """See `MetricsSink`. What was sent stays; what waits is no longer so."""
+        with self._changed:
+            self._num_rewinds += 1
+            self._waiting = deque(entry for entry in self._waiting if entry[0] <= step)
 
     def close(self, state: RunState, reason: str | None, timeout_s: float) -> None:
         """Sends what waits and says how the run ended; what is not over after `timeout_s` is given up."""
@@ -114,8 +119,8 @@ class BackgroundTracker:
         self._thread.join(timeout_s)
         if not self._is_over:
             _log.warning(
-                "%s did not take everything within %g s of the end: it has the steps up to %d; metrics.jsonl has all, "
-                "and a resumed run sends the rest",
+                "%s did not take everything within %g s of the end: it is known to have the steps up to %d; "
+                "metrics.jsonl has all, and a resumed run sends the rest",
                 self._tracker.name,
                 timeout_s,
                 self._sent.last_step,
@@ -130,22 +135,39 @@ class BackgroundTracker:
             while (send := self._next()) is not None:
                 if not self._until_done(send):
                     return
-            self._is_over = self._until_done(lambda: self._tracker.end(*self._ending))
+            self._is_over = self._until_done(self._end)
 
     def _next(self) -> Callable[[], None] | None:
         """What is to be sent next; None when nothing more comes."""
         with self._changed:
             self._changed.wait_for(lambda: self._waiting or self._is_behind or self._closing.is_set())
             if self._waiting:
-                return partial(self._send, *self._waiting.popleft())
+                return self._send_first
             if self._is_behind:
                 self._is_behind = False
                 return self._catch_up
             return None
 
+    def _send_first(self) -> None:
+        """Looks it up with every try: the run may have gone back behind it."""
+        with self._changed:
+            if not self._waiting:
+                return
+            first = self._waiting[0]
+        self._send(*first)
+        with self._changed:
+            if self._waiting and self._waiting[0] is first:
+                self._waiting.popleft()
+
     def _catch_up(self) -> None:
-        for line in read_metrics(self._metrics_file):
-            self._send(line.step, line.values)
+        while True:
+            num_rewinds = self._num_rewinds
+            for line in read_metrics(self._metrics_file):
+                if self._num_rewinds != num_rewinds:
+                    break  # another file is in its place, and this one still open
+                self._send(line.step, line.values)
+            else:
+                return
 
     def _begin(self) -> None:
         if self._sent.run_id is None and (new := self._tracker.new_id()) is not None:
@@ -154,9 +176,15 @@ class BackgroundTracker:
         self._keep(replace(self._sent, run_id=run_id))
 
     def _send(self, step: int, values: Mapping[str, float]) -> None:
-        if step > self._sent.last_step:
+        if step > self._last_logged:
             self._tracker.log(step, values)
-            self._keep(replace(self._sent, last_step=step))
+            self._last_logged = step
+            if not self._tracker.arrives_at_end:
+                self._keep(replace(self._sent, last_step=step))
+
+    def _end(self) -> None:
+        self._tracker.end(*self._ending)
+        self._keep(replace(self._sent, last_step=self._last_logged))
 
     def _keep(self, sent: Sent) -> None:
         self._sent = sent

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from weaver_rl.run_location import has_password
 from weaver_rl.section import Section
 
 
@@ -33,9 +34,19 @@ class MlflowConfig(Section):
     experiment: str = Field(min_length=1)
     """The experiment that the run belongs to; made if there is none."""
     tracking_uri: str | None = None
-    """A server (http://…) or a database (sqlite:///…); null: what MLFLOW_TRACKING_URI says."""
+    """A server (http://…) or a database (sqlite:///…), without a password; null: what MLFLOW_TRACKING_URI says."""
     tags: dict[str, str] = Field(default_factory=dict)
     """Tags of the run."""
+
+    @field_validator("tracking_uri")
+    @classmethod
+    def _no_password(cls, uri: str | None) -> str | None:
+        if uri is not None and has_password(uri):
+            raise ValueError(
+                "the URI has a password in it, which config.json, the report and MLflow would show; leave it null and "
+                "set MLFLOW_TRACKING_URI, or for a server MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
+            )
+        return uri
 
 
 class TrackingConfig(Section):

@@ -24,11 +24,12 @@ class MlflowRun:
     """A `Tracker`."""
 
     name = "MLflow"
+    arrives_at_end = False
 
     def __init__(self, config: MlflowConfig) -> None:
         self._config = config
         self._client: Any = None
-        self._run_id = ""
+        self._run_id: str | None = None
 
     def new_id(self) -> None:
         """The server chooses."""
@@ -43,6 +44,7 @@ class MlflowRun:
         from mlflow import MlflowClient
 
         self._client = MlflowClient(tracking_uri=self._config.tracking_uri)
+        run_id = run_id or self._run_id  # made by an earlier try, which failed after that
         if run_id is None:
             tags = {**self._config.tags, "mlflow.source.name": "weaver-rl"}
             run_id = self._client.create_run(self._experiment_id(), run_name=run.name, tags=tags).info.run_id

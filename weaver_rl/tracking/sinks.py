@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -39,7 +40,8 @@ def _require_packages(extra: str, *packages: str) -> None:
 
 
 def _is_database(config: MlflowConfig) -> bool:
-    return config.tracking_uri is not None and urlsplit(config.tracking_uri).scheme.partition("+")[0] in (
+    uri = config.tracking_uri or os.environ.get("MLFLOW_TRACKING_URI", "")
+    return urlsplit(uri).scheme.partition("+")[0] in (
         "sqlite",
         "postgresql",
         "mysql",

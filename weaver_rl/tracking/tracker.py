@@ -31,6 +31,9 @@ class Tracker(Protocol):
 
     name: str
     """Of the service, for people."""
+    arrives_at_end: bool
+    """`log` returns before the service has the step; that all arrived is known once `end` returned. Such a tracker
+    leaves out what a run that it goes on with has already."""
 
     def new_id(self) -> str | None:
         """An identifier for a run that does not exist yet; None: the service chooses."""
@@ -39,7 +42,7 @@ class Tracker(Protocol):
         """Goes on with the run of that identifier, made if there is none; returns its identifier."""
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """One step; each comes once, in order."""
+        """One step; in order, and each once to a tracker."""
 
     def end(self, state: RunState, reason: str | None) -> None:
         """The run is over for now; returns when everything was taken."""

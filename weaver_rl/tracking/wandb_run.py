@@ -37,6 +37,7 @@ class WandbRun:
 
     def __init__(self, config: WandbConfig) -> None:
         self._config = config
+        self.arrives_at_end = config.mode == "online"
         self._run: Any = None
         self._has_given_up = False
         self._starting = threading.Lock()
@@ -93,7 +94,8 @@ class WandbRun:
         )
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        self._run.log(dict(values), step=step)
+        if step >= self._run.starting_step:  # W&B has those before it
+            self._run.log(dict(values), step=step)
 
     def end(self, state: RunState, reason: str | None) -> None:
         self._run.summary.update({"state": state, "reason": reason or ""})
