@@ -1,18 +1,20 @@
 """Who may write at a URL: a record there that its holder renews. It does not know what is written.
 
 Stores have no locks that every one of them offers, so two that ask in the same second may both believe for a moment:
-the one whose record was overwritten finds that out at its next renewal, and stops writing.
+the one whose record was overwritten finds that out at its next renewal, and stops writing. What is being written at
+that moment gets there all the same.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,9 @@ STALE_AFTER_S = 90.0
 """Nobody who lives is silent for so long."""
 SETTLE_S = 1.0
 WATCH_S = 2.5 * RENEW_EVERY_S
-"""For a record of another machine that looks old: that machine's clock may be wrong, and its holder live."""
+"""For a record of another machine that looks old or of the future: a clock may be wrong, and its holder live."""
+SURE_FOR_S = 2 * RENEW_EVERY_S
+"""After a renewal; less than others watch before they take over."""
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
 
@@ -49,6 +53,8 @@ class LeaseRecord:
     process_started_at: float | None = None
     renewed_at: float
     """Seconds since the epoch, by the holder's clock."""
+    complete_at: float | None = None
+    """When all that was due had last been written, by the holder's clock; None: never."""
     is_released: bool = False
 
     def is_held(self, now: float) -> bool:
@@ -58,6 +64,13 @@ class LeaseRecord:
         if self.machine != this_machine():
             return True
         return process_state(self.pid, self.process_started_at) not in (GONE, ZOMBIE)
+
+    def who(self, now: float) -> str:
+        """Its holder, in words."""
+        ago = now - self.renewed_at
+        if ago < -1:
+            return f"process {self.pid} on {self.host}, whose record is {-ago:.0f} s ahead of the clock here"
+        return f"process {self.pid} on {self.host}, which said so {max(0.0, ago):.0f} s ago"
 
 
 def this_machine() -> str:
@@ -83,7 +96,7 @@ class Lease:
         watch_s: float = WATCH_S,
         renew_every_s: float = RENEW_EVERY_S,
     ) -> None:
-        self._remote = remote
+        self.remote = remote
         self._clock = clock
         self._renew_every_s = renew_every_s
         pid = os.getpid()
@@ -103,6 +116,7 @@ class Lease:
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
         self.lost: str | None = None
         """Why nothing more may be written; None: all is well."""
+        self._renewed_at = -math.inf
 
     def take(self) -> LeaseRecord | None:
         """Takes the lease; returns the record before it.
@@ -110,13 +124,14 @@ class Lease:
         Raises:
             ConfigError: another process holds it.
         """
-        before = read_lease(self._remote)
-        if before is not None and (before.is_held(self._clock()) or self._is_renewed(before)):
-            raise ConfigError(self._refusal(before))
-        self._record = replace(self._record, staging=before.staging if before is not None else "")
+        before = read_lease(self.remote)
+        if before is not None:
+            if self._is_in_use(before):
+                raise ConfigError(self._refusal(before))
+            self._record = replace(self._record, staging=before.staging, complete_at=before.complete_at)
         self._write(is_released=False)
         time.sleep(self._settle_s)
-        now = read_lease(self._remote)
+        now = read_lease(self.remote)
         if now is None or now.holder != self._record.holder:
             raise ConfigError(self._refusal(now or self._record))
         self._thread.start()
@@ -124,16 +139,32 @@ class Lease:
 
     def begin(self) -> None:
         """Says that from now on the holder's staging folder is the one that has everything."""
+        self.confirm()
         self._record = replace(self._record, staging=self._staging)
         self._write(is_released=False)
 
     def confirm(self) -> None:
         """Raises FilesError when another process has it by now."""
-        now = read_lease(self._remote)
+        now = read_lease(self.remote)
         if now is not None and now.holder != self._record.holder:
-            self.lost = f"process {now.pid} on {now.host} has taken over {self._remote.url}"
+            self.lost = f"process {now.pid} on {now.host} has taken over {self.remote.url}"
         if self.lost is not None:
             raise FilesError(self.lost)
+
+    def upload(self, file: Path, name: str) -> None:
+        """Raises FilesError, and writes nothing, when another process has it by all that is known here."""
+        self._require()
+        self.remote.upload(file, name)
+
+    def remove(self, names: Iterable[str]) -> None:
+        """Removes files in this order, each of them as `upload` writes one."""
+        for name in names:
+            self._require()
+            self.remote.remove([name])
+
+    def completed(self) -> None:
+        """Says, at the next renewal, that all that was due has been written by now."""
+        self._record = replace(self._record, complete_at=self._clock())
 
     def release(self) -> None:
         """Lets others have it at once."""
@@ -141,6 +172,7 @@ class Lease:
         if self._thread.is_alive():
             self._thread.join(self._renew_every_s)
         if self.lost is None:
+            self.confirm()
             self._write(is_released=True)
 
     def _renew(self) -> None:
@@ -153,22 +185,32 @@ class Lease:
                     return
                 # The store is out of reach; who uploads says so.
 
-    def _is_renewed(self, record: LeaseRecord) -> bool:
-        if record.is_released or record.machine == this_machine():
-            return False
+    def _require(self) -> None:
+        """Asks the store only when the last renewal is long ago: the process may have been paused."""
+        if self.lost is not None:
+            raise FilesError(self.lost)
+        if not 0 <= self._clock() - self._renewed_at <= SURE_FOR_S:
+            self.confirm()
+
+    def _is_in_use(self, record: LeaseRecord) -> bool:
+        now = self._clock()
+        is_dated_well = 0 <= now - record.renewed_at <= STALE_AFTER_S
+        if record.is_released or record.machine == this_machine() or is_dated_well:
+            return record.is_held(now)
         time.sleep(self._watch_s)
-        return read_lease(self._remote) != record
+        return read_lease(self.remote) != record
 
     def _write(self, *, is_released: bool) -> None:
-        content = asdict(self._record) | {"renewed_at": self._clock(), "is_released": is_released}
-        self._remote.write(NAME, json.dumps(content, indent=2).encode() + b"\n")
+        now = self._clock()
+        content = asdict(self._record) | {"renewed_at": now, "is_released": is_released}
+        self.remote.write(NAME, json.dumps(content, indent=2).encode() + b"\n")
+        self._renewed_at = now
 
     def _refusal(self, record: LeaseRecord) -> str:
-        ago = max(0.0, self._clock() - record.renewed_at)
         return (
-            f"run_dir: {self._remote.url} is in use by a live run (process {record.pid} on {record.host}, which said "
-            f"so {ago:.0f} s ago); wait for it, stop it, or give another `run_dir`. The claim of a process that was "
-            f"killed ends {STALE_AFTER_S:.0f} s after it last said so"
+            f"run_dir: {self.remote.url} is in use by a live run ({record.who(self._clock())}); wait for it, stop it, "
+            f"or give another `run_dir`. The claim of a process that was killed ends {STALE_AFTER_S:.0f} s after it "
+            "last said so"
         )
 
 

@@ -92,6 +92,20 @@ class RemoteFolder:
             with self._whole(path) as aside:
                 self._fs.pipe_file(aside, content)
 
+    def try_write(self, name: str) -> None:
+        """Writes a file and removes it again, with the directories that were made for it."""
+        with self._errors("be looked at"):
+            missing = self._missing_directories()
+        try:
+            self.write(name, b"")
+            self.remove([name])
+        finally:
+            for directory in missing:
+                # It was not made, or somebody else wrote there meanwhile.
+                with contextlib.suppress(NotImplementedError, OSError):
+                    self._fs.rmdir(directory)
+            self._made.clear()
+
     def upload(self, file: Path, name: str) -> None:
         with self._errors(f"take {name}"):
             path = self._path(name)
@@ -120,6 +134,15 @@ class RemoteFolder:
                 with contextlib.suppress(NotImplementedError):  # another one without directories
                     self._fs.makedirs(parent, exist_ok=True)
                 self._made.add(parent)
+
+    def _missing_directories(self) -> list[str]:
+        """What `write` will make, the innermost first."""
+        missing: list[str] = []
+        place = self._root
+        while place and self._scheme not in WITHOUT_DIRECTORIES and not self._fs.exists(place):
+            missing.append(place)
+            place = place.rpartition("/")[0]
+        return missing
 
     @contextlib.contextmanager
     def _whole(self, path: str) -> Iterator[str]:

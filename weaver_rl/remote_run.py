@@ -16,7 +16,7 @@ from pathlib import Path
 
 from weaver_rl.errors import ConfigError, FilesError
 from weaver_rl.lease import NAME as LEASE_FILE
-from weaver_rl.lease import Lease, read_lease
+from weaver_rl.lease import Lease, LeaseRecord, read_lease
 from weaver_rl.models.resolve import SCRATCH_DIRECTORY
 from weaver_rl.remote_folder import RemoteFolder
 from weaver_rl.run_folder import RunFolder, refuse_both
@@ -83,7 +83,7 @@ def mirrored(
         tell(f"{place} was held by process {before.pid} on {before.host}, which is dead or silent: taken over")
     try:
         refuse_both(resume=resume, overwrite=overwrite)
-        sent = _begin(remote, folder, before.staging if before else None, resume, overwrite, tell, check)
+        sent = _begin(lease, folder, before, resume, overwrite, tell, check)
         lease.begin()
         mirror = RunMirror(folder, remote, lease, keep=keep, sent=sent, tell=tell)
         mirror.start()
@@ -124,22 +124,23 @@ def _end(
 
 
 def _begin(
-    remote: RemoteFolder,
+    lease: Lease,
     folder: RunFolder,
-    last_staging: str | None,
+    before: LeaseRecord | None,
     resume: bool,
     overwrite: bool,
     tell: Callable[[str], None],
     check: Callable[[], object],
 ) -> dict[str, Stamp]:
     """Makes staging folder and URL agree; returns the files that are in both."""
+    remote = lease.remote
     sizes = remote.sizes()
     there = "run.json" in sizes or "metrics.jsonl" in sizes
     if overwrite and not resume:
         own = [name for name in sizes if folder.is_own(name) or name.split("/")[0] == SCRATCH_DIRECTORY]
         _clear(folder.path)  # first, as it may refuse
         # run.json last: what a crash leaves still says that it holds a run.
-        remote.remove(sorted(own, key=lambda name: name == folder.status_file.name))
+        lease.remove(sorted(own, key=lambda name: name == folder.status_file.name))
         return {}
     if not resume:
         if there:
@@ -154,7 +155,7 @@ def _begin(
             )
         _clear(folder.path)
         return {}
-    if folder.holds_run() and (last_staging in (None, _staging_id(folder.path)) or not there):
+    if folder.holds_run() and (before is None or before.staging == _staging_id(folder.path) or not there):
         tell(f"{folder.path} has what was not uploaded to {remote.url}; the run goes on from there")
         check()
         # Not what only the URL has: it is from another machine, and of before this one went on.
@@ -166,15 +167,16 @@ def _begin(
         tell(f"{folder.path} is older than what another machine left at {remote.url}, and replaced by that")
     _clear(folder.path)
     try:
-        return _bring(remote, folder, sizes, tell, check)
+        return _bring(lease, folder, before, sizes, tell, check)
     except BaseException:
         _clear(folder.path)  # a part of a run must not be taken for one
         raise
 
 
 def _bring(
-    remote: RemoteFolder,
+    lease: Lease,
     folder: RunFolder,
+    before: LeaseRecord | None,
     sizes: dict[str, int],
     tell: Callable[[str], None],
     check: Callable[[], object],
@@ -183,13 +185,25 @@ def _bring(
     # What a run that goes on reads or appends to. Not the rollouts, which it only adds to.
     continued = (SCRATCH_DIRECTORY, folder.spans.name, folder.tracking.name)
     wanted = [name for name in sizes if name != LEASE_FILE and ("/" not in name or name.split("/")[0] in continued)]
-    sent = download_run(remote, folder.path, wanted)
+    sent = download_run(lease.remote, folder.path, wanted)
     check()
-    step = download_checkpoint(remote, folder.path, sizes, tell)
+    step = download_checkpoint(lease.remote, folder.path, sizes, tell)
+    if before is not None and not before.is_released:
+        tell(_what_is_missing(before, step))
     if step is not None:
         # The run makes these again: what is truncated here is not known to be there.
-        remote.remove([name for name in sizes if (match := _ROLLOUTS.fullmatch(name)) and int(match[1]) > step])
+        lease.remove([name for name in sizes if (match := _ROLLOUTS.fullmatch(name)) and int(match[1]) > step])
     return sent
+
+
+def _what_is_missing(before: LeaseRecord, step: int | None) -> str:
+    """For who goes on from what a holder left that did not end: what that may have done besides."""
+    if before.complete_at is None:
+        upload = "no upload of it is known to be complete"
+    else:
+        upload = f"its last complete upload was {max(0.0, time.time() - before.complete_at):.0f} s ago"
+    checkpoint = "no checkpoint is there" if step is None else f"the newest checkpoint there is of step {step}"
+    return f"{upload}, and {checkpoint}; what it did since then is at most in its own folder on {before.host}"
 
 
 def _clear(staging: Path) -> None:

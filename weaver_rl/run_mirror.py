@@ -1,6 +1,7 @@
 """Keeps a run folder at a URL: a thread that uploads what changed. It knows which files there are, not what is in them.
 
 A checkpoint is there when its manifest is: everything that a resume from it reads goes up before the manifest does.
+Journal and manifests decide what a resume makes of the rest: before each the store is asked who holds the lease.
 """
 
 from __future__ import annotations
@@ -142,12 +143,14 @@ class RunMirror:
                 # The journal after the checkpoint and before its manifest: it must tell of every step before it.
                 name = f"{CHECKPOINTS}/{snapshot.name}"
                 for path in _files(snapshot, checkpoint=True):
-                    self._remote.upload(snapshot / path, f"{name}/{path}")
+                    self._lease.upload(snapshot / path, f"{name}/{path}")
                 self._upload_journal(everything)
-                self._remote.upload(snapshot.parent / MANIFEST, f"{name}/{MANIFEST}")
+                self._lease.confirm()
+                self._lease.upload(snapshot.parent / MANIFEST, f"{name}/{MANIFEST}")
         if is_last:
             self._upload_older_checkpoints()
         self._prune()
+        self._lease.completed()
 
     # -- parts of a pass -------------------------------------------------------------------------------------------
 
@@ -180,7 +183,7 @@ class RunMirror:
         (work / MANIFEST).write_bytes(manifest)
         if uploaded is not None:
             # It was made again after a step back: with the old manifest the new files would be damage.
-            self._remote.remove([f"{CHECKPOINTS}/{newest.name}/{MANIFEST}"])
+            self._lease.remove([f"{CHECKPOINTS}/{newest.name}/{MANIFEST}"])
         return snapshot
 
     def _upload_older_checkpoints(self) -> None:
@@ -189,8 +192,10 @@ class RunMirror:
         for checkpoint in self._sealed():
             name, folder = f"{CHECKPOINTS}/{checkpoint}", self._folder.checkpoints / checkpoint
             if f"{name}/{MANIFEST}" not in there.get(checkpoint, ()):
-                for path in (*_files(folder, checkpoint=True), MANIFEST):
-                    self._remote.upload(folder / path, f"{name}/{path}")
+                for path in _files(folder, checkpoint=True):
+                    self._lease.upload(folder / path, f"{name}/{path}")
+                self._lease.confirm()
+                self._lease.upload(folder / MANIFEST, f"{name}/{MANIFEST}")
 
     def _remove_undone(self) -> None:
         """Checkpoints at the URL that are newer than the newest here: the run went back behind them.
@@ -212,7 +217,7 @@ class RunMirror:
         """
         self._lease.confirm()  # what was uploaded before this may have taken hours
         gone = [name for name in self._sent if not (self._folder.path / name).exists()]
-        self._remote.remove(gone)
+        self._lease.remove(gone)
         for name in gone:
             del self._sent[name]
         sealed, there = self._sealed(), self._remote_checkpoints()
@@ -224,7 +229,7 @@ class RunMirror:
 
     def _remove_checkpoint(self, name: str, files: list[str]) -> None:
         manifest = f"{CHECKPOINTS}/{name}/{MANIFEST}"
-        self._remote.remove([manifest, *(file for file in files if file != manifest)])
+        self._lease.remove([manifest, *(file for file in files if file != manifest)])
 
     def _is_pinned(self, name: str) -> bool:
         content = self._remote.read(f"{CHECKPOINTS}/{name}/{MANIFEST}")
@@ -263,7 +268,7 @@ class RunMirror:
             stamp = _stamp(path)
             if self._sent.get(name) == stamp or (not everything and self._is_early(name, max(stamp[0], together_B))):
                 return
-            self._remote.upload(path, name)
+            self._lease.upload(path, name)
         except FilesError:
             if path.exists():
                 raise
@@ -291,7 +296,8 @@ class RunMirror:
             copy.unlink(missing_ok=True)
             with contextlib.closing(sqlite3.connect(copy)) as target:
                 source.backup(target)
-        self._remote.upload(copy, name)
+        self._lease.confirm()
+        self._lease.upload(copy, name)
         copy.unlink()
         self._sent[name], self._sent_at[name] = stamp, time.monotonic()
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from weaver_rl import lease as lease_module
 from weaver_rl import remote_run, run_mirror
 from weaver_rl.config import load_config
 from weaver_rl.errors import ConfigError, FilesError
-from weaver_rl.lease import Lease
+from weaver_rl.lease import Lease, read_lease
 from weaver_rl.remote_folder import RemoteFolder
 from weaver_rl.remote_run import mirrored
 from weaver_rl.run_folder import RunFolder
@@ -159,11 +160,194 @@ def test_who_lost_the_lease_removes_and_writes_nothing_more(tmp_path: Path):
     assert "goes on from it" not in str(caught.value)
 
 
-def test_a_holder_whose_clock_is_wrong_is_seen_to_live(monkeypatch: pytest.MonkeyPatch):
-    record(renewed_at=5.0)
+LONG_AGO, IN_AN_HOUR = 5.0, time.time() + 3600
+
+
+def taken_over_at(moment: str, then: Callable[[], object] = lambda: None) -> None:
+    """Another machine takes the run over while the line of the store's log that has `moment` in it is being done."""
+
+    def take_over(line: str) -> None:
+        if moment in line.replace("bucket/runs/x/", ""):
+            StrictStore.before = None
+            record()
+            then()
+
+    StrictStore.before = take_over
+
+
+def lines_after(moment: str) -> list[str]:
+    """What was done at the store after the first line that has `moment` in it."""
+    lines = log()
+    return lines[next(number for number, line in enumerate(lines) if moment in line) + 1 :]
+
+
+def made_for(lease: Lease, folder: Path) -> RunMirror:
+    """Of a run with something of every kind; it has the lease."""
+    run = Run(RunFolder(folder))
+    run.step(1)
+    run.checkpoint(1)
+    run.folder.spans.mkdir()
+    for name in ("a", "b"):
+        (run.folder.spans / name).write_text("x")
+    lease.take()
+    return RunMirror(run.folder, RemoteFolder(URL), lease, keep=2)
+
+
+KINDS = ["put metrics.jsonl", "put spans/a", "put checkpoints/step_000001/optimizer/a", "put journal.sqlite"]
+
+
+@pytest.mark.parametrize("moment", KINDS)
+def test_a_renewal_that_finds_another_holder_ends_the_pass(tmp_path: Path, moment: str):
+    lease = Lease(RemoteFolder(URL), "mine", renew_every_s=0.01)
+    mirror = made_for(lease, tmp_path / "run")
+
+    def wait() -> None:
+        while lease.lost is None:
+            record()  # again: a renewal that was under way has perhaps been written over it
+            time.sleep(0.02)
+
+    taken_over_at(moment, wait)
+    with pytest.raises(FilesError, match="node-7 has taken over"):
+        mirror.upload()
+    assert lines_after(moment) == []
+
+
+@pytest.mark.parametrize("moment", KINDS)
+def test_who_has_not_renewed_for_long_asks_before_it_writes(tmp_path: Path, moment: str):
+    seconds = [1000.0]
+    lease = Lease(RemoteFolder(URL), "mine", renew_every_s=1000.0, clock=lambda: seconds[0])
+    mirror = made_for(lease, tmp_path / "run")
+    taken_over_at(moment, lambda: seconds.append(seconds.pop() + 30))
+    with pytest.raises(FilesError, match="node-7 has taken over"):
+        mirror.upload()
+    assert lines_after(moment) == []
+
+
+def test_journal_and_manifest_do_not_follow_what_was_written_without_knowing_better(tmp_path: Path):
+    lease = Lease(RemoteFolder(URL), "mine", renew_every_s=1000.0)
+    mirror = made_for(lease, tmp_path / "run")
+    taken_over_at("put metrics.jsonl")
+    with pytest.raises(FilesError, match="node-7 has taken over"):
+        mirror.upload()
+    assert not stored() & {"journal.sqlite", "checkpoints/step_000001/manifest.json"}
+    lease = Lease(RemoteFolder(URL), "mine", renew_every_s=1000.0)
+    record(is_released=True)
+    mirror = made_for(lease, tmp_path / "another")
+    taken_over_at("put journal.sqlite")
+    with pytest.raises(FilesError, match="node-7 has taken over"):
+        mirror.upload()
+    assert lines_after("put journal.sqlite") == []
+
+
+def test_the_last_pass_brings_no_older_checkpoint_over_a_successors(tmp_path: Path):
+    lease = Lease(RemoteFolder(URL), "mine", renew_every_s=1000.0)
+    mirror = made_for(lease, tmp_path / "run")
+    Run(RunFolder(tmp_path / "run")).checkpoint(2)
+    taken_over_at("put checkpoints/step_000001/weights")
+    with pytest.raises(FilesError, match="node-7 has taken over"):
+        mirror.upload(is_last=True)
+    assert "checkpoints/step_000001/manifest.json" not in stored()
+
+
+def test_a_run_that_is_taken_over_in_its_last_pass_ends_with_what_to_do():
+    def run() -> None:
+        with held():
+            began(here())
+            taken_over_at("put metrics.jsonl")
+
+    with pytest.raises(FilesError, match=r"node-7 has taken over.*Everything is in .*move it elsewhere"):
+        run()
+    assert here().metrics_file.exists()
+    after = read_lease(RemoteFolder(URL))
+    assert after is not None
+    assert after.host == "node-7"
+
+
+@pytest.mark.parametrize("wish", ["resume", "overwrite"])
+def test_who_is_taken_over_before_it_began_changes_nothing(monkeypatch: pytest.MonkeyPatch, wish: str):
+    with held():
+        began(here())
+    seconds = [time.time()]
+    monkeypatch.setattr(
+        Lease.__init__,
+        "__kwdefaults__",
+        Lease.__init__.__kwdefaults__ | {"clock": lambda: seconds[0], "renew_every_s": 1000.0},
+    )
+    before = stored()
+
+    def paused(*_: object) -> int:
+        record()
+        seconds[0] += 120
+        return 1
+
+    if wish == "resume":
+        monkeypatch.setattr(remote_run, "download_checkpoint", paused)
+    else:
+        monkeypatch.setattr(remote_run, "_clear", paused)
+    with pytest.raises(FilesError, match="node-7 has taken over"), held(**{wish: True}):
+        pass
+    assert stored() == before
+    after = read_lease(RemoteFolder(URL))
+    assert after is not None
+    assert after.host == "node-7"
+
+
+@pytest.mark.parametrize("write", [Lease.begin, Lease.release])
+def test_the_record_of_a_successor_stays(write: Callable[[Lease], None]):
+    lease = Lease(RemoteFolder(URL), "mine", renew_every_s=1000.0)
+    lease.take()
+    record()
+    with pytest.raises(FilesError, match="node-7 has taken over"):
+        write(lease)
+    after = read_lease(RemoteFolder(URL))
+    assert after is not None
+    assert (after.host, after.is_released) == ("node-7", False)
+
+
+def test_who_takes_over_is_told_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    left_behind()
+    said: list[str] = []
+    with held(resume=True, tell=said.append):
+        assert not [note for note in said if "last complete upload" in note]  # here is all of it
+        began(here())
+    record(renewed_at=time.time() - 1000, complete_at=time.time() - 1300)
+    move_to("second", tmp_path, monkeypatch)
+    with held(resume=True, tell=said.append):
+        pass
+    (told,) = [note for note in said if "last complete upload" in note]
+    assert "was 1300 s ago" in told
+    assert "the newest checkpoint there is of step 2" in told
+    assert "node-7" in told
+    said.clear()
+    move_to("third", tmp_path, monkeypatch)
+    with held(resume=True, tell=said.append):  # it was released: nothing is missing
+        pass
+    assert not [note for note in said if "last complete upload" in note]
+
+
+def test_only_a_pass_that_came_to_its_end_counts_as_complete(tmp_path: Path):
+    seconds = [1000.0]
+    lease = Lease(RemoteFolder(URL), "mine", renew_every_s=1000.0, clock=lambda: seconds[0])
+    mirror = made_for(lease, tmp_path / "run")
+    mirror.upload()
+    seconds[0] = 1007.0
+    StrictStore.before = cut_off
+    (tmp_path / "run" / "notes").touch()
+    with pytest.raises(FilesError, match="cut off"):
+        mirror.upload()
+    StrictStore.before = None
+    lease.release()
+    after = read_lease(RemoteFolder(URL))
+    assert after is not None
+    assert (after.complete_at, after.renewed_at) == (1000.0, 1007.0)
+
+
+@pytest.mark.parametrize("renewed_at", [LONG_AGO, IN_AN_HOUR], ids=["behind", "ahead"])
+def test_a_holder_whose_clock_is_wrong_is_seen_to_live(monkeypatch: pytest.MonkeyPatch, renewed_at: float):
+    record(renewed_at=renewed_at)
     remote = RemoteFolder(URL)
     lease = Lease(remote, "mine", watch_s=0.01)
-    monkeypatch.setattr(lease_module.time, "sleep", lambda seconds: seconds and record(renewed_at=15.0))
+    monkeypatch.setattr(lease_module.time, "sleep", lambda seconds: seconds and record(renewed_at=renewed_at + 10))
     with pytest.raises(ConfigError, match="in use by a live run"):
         lease.take()
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from weaver_rl.check.memory import checkpoint_bytes
 from weaver_rl.check.subject import RunUnderCheck
 from weaver_rl.config import RunConfig
 from weaver_rl.errors import WeaverRLError
+from weaver_rl.lease import read_lease
 from weaver_rl.models.config import ScratchModel
 from weaver_rl.remote_folder import RemoteFolder
 from weaver_rl.run_folder import RunFolder
@@ -26,10 +28,12 @@ MUCH_SHARE = 0.8
 
 
 def check_run_space(run: RunUnderCheck) -> Iterator[Finding]:
-    """The folder itself, or the URL that it is mirrored to, and the disk of this machine."""
+    """The folder itself, or the URL that it is mirrored to, and the disk of the driver's machine."""
     place, path = run.config.place, run.config.folder.absolute()
     if isinstance(place, str):
         yield _url(place)
+    elif run.on_head:
+        yield _folder_on_head(place)
     else:
         yield from _folder(path)
     yield from _space(run, path)
@@ -52,6 +56,20 @@ def _folder(path: Path) -> Iterator[Finding]:
         )
     else:
         yield passed("run_dir", f"{path} can be written and holds no run")
+
+
+def _folder_on_head(place: Path) -> Finding:
+    if not place.is_absolute():
+        return failed(
+            "run_dir",
+            f"{place} is relative: in a job it would be lost with a temporary directory of the head",
+            "give a path on storage that the cluster keeps, or a URL",
+        )
+    return warned(
+        "run_dir",
+        f"{place} on the cluster's head, which cannot be looked at by HTTP",
+        "see there that it can be written and holds no run",
+    )
 
 
 def existing_parent(path: Path) -> Path:
@@ -83,11 +101,16 @@ def _space(run: RunUnderCheck, path: Path) -> Iterator[Finding]:
     policies = 4 * shape.num_parameters * (2 if isinstance(config.model, ScratchModel) else 1)
     rollouts = rollout_bytes(config)
     needed = checkpoints + policies + rollouts
-    free = shutil.disk_usage(existing_parent(path)).free
-    seen = (
-        f"{_size(free)} free; at most {_size(needed)} needed: {config.checkpoint.keep} + 1 checkpoints of {_size(one)} "
-        f"(float32 weights and two moments), policy {_size(policies)}, rollouts {_size(rollouts)}"
+    room = (
+        f"at most {_size(needed)} needed: {config.checkpoint.keep} + 1 checkpoints of {_size(one)} (float32 weights "
+        f"and two moments), policy {_size(policies)}, rollouts {_size(rollouts)}"
     )
+    if run.on_head:
+        seen = f"of the cluster's head, which cannot be looked at by HTTP; {room}"
+        yield warned("disk", seen, "see there that so much is free")
+        return
+    free = shutil.disk_usage(existing_parent(path)).free
+    seen = f"{_size(free)} free; {room}"
     if needed > free:
         yield failed("disk", seen, "free some, lower checkpoint.keep, or give a run_dir on a larger disk")
     elif needed > MUCH_SHARE * free:
@@ -114,8 +137,12 @@ def _url(url: str) -> Finding:
     advice = "correct the URL, or the credentials in the environment"
     try:
         remote = RemoteFolder(url)
-        remote.write(PROBE, b"")
-        remote.remove([PROBE])
+        lease, now = read_lease(remote), time.time()
+        if lease is not None and lease.is_held(now):
+            seen = f"{url} is in use by a live run ({lease.who(now)})"
+            advice = "wait for it, stop it, or give another run_dir; what was killed can be taken over after 90 s"
+            return failed("run_dir", seen, advice)
+        remote.try_write(PROBE)
         holds_run = remote.read(RunFolder(Path()).status_file.name) is not None
     except WeaverRLError as error:
         return failed("run_dir", str(error), advice)
