@@ -83,13 +83,14 @@ def _is_live(process: psutil.Process) -> bool:
 
 
 def _carries(process: psutil.Process, session: str) -> bool:
-    """By its environment, which Ray overwrites in some, else by a file that it writes in the session's directory.
+    """By its environment; where a title has overwritten that, by a file that it writes in the session's directory.
 
-    One with a terminal is a person's: somebody may edit a log there.
+    Others write there too: a notebook that joined the cluster keeps its logs there, somebody may edit one.
     """
     with contextlib.suppress(psutil.Error, OSError):
-        if process.environ().get(SESSION_MARK) == session:
-            return True
+        environment = process.environ()
+        if "PATH" in environment:
+            return bool(environment.get(SESSION_MARK) == session)
     with contextlib.suppress(psutil.Error, OSError):
         written = (file.path for file in process.open_files() if file.mode != "r")
         return process.terminal() is None and any(path.startswith(f"{session}/") for path in written)

@@ -6,7 +6,7 @@ It knows no configuration and no package's content.
 from __future__ import annotations
 
 import contextlib
-import json
+import io
 import logging
 import os
 from collections.abc import AsyncGenerator, Iterator, Mapping
@@ -20,6 +20,7 @@ from ray.dashboard.modules.dashboard_sdk import SubmissionClient
 from ray.dashboard.modules.job.sdk import JobSubmissionClient
 from ray.exceptions import AuthenticationError
 
+from weaver_rl.dashboard_access import asks_for_token, given_headers
 from weaver_rl.errors import ConfigError, JobServerLostError, UnknownJobError, UserError
 
 JobState = Literal["PENDING", "RUNNING", "STOPPED", "SUCCEEDED", "FAILED"]
@@ -27,7 +28,8 @@ ENDED: tuple[JobState, ...] = ("STOPPED", "SUCCEEDED", "FAILED")
 
 CONNECT_WITHIN_S = 10.0
 ANSWER_WITHIN_S = 60.0
-HEADERS = "RAY_JOB_HEADERS"
+UPLOAD_STALLED_S = 120.0
+"""So long an upload may make no progress; all of it takes what it takes."""
 API_SERVER = "RAY_API_SERVER_ADDRESS"
 
 
@@ -63,9 +65,25 @@ for _name in (JobSubmissionClient.__module__, SubmissionClient.__module__):
 class _BoundedClient(JobSubmissionClient):
     """Ray's own waits for an answer as long as it takes."""
 
-    def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> requests.Response:
+    def _do_request(self, method: str, endpoint: str, *, data: bytes | None = None, **kwargs: Any) -> requests.Response:
+        if data is not None:
+            return self._upload(method, endpoint, data, **kwargs)
         kwargs.setdefault("timeout", (CONNECT_WITHIN_S, ANSWER_WITHIN_S))
         response: requests.Response = super()._do_request(method, endpoint, **kwargs)
+        return response
+
+    def _upload(self, method: str, endpoint: str, data: bytes, **kwargs: Any) -> requests.Response:
+        kwargs.setdefault("timeout", (UPLOAD_STALLED_S, UPLOAD_STALLED_S))
+        try:
+            # The first timeout bounds each block of a file; of bytes it bounds the whole.
+            blocks: Any = io.BytesIO(data)
+            response: requests.Response = super()._do_request(method, endpoint, data=blocks, **kwargs)
+        except requests.RequestException as error:
+            raise JobServerLostError(
+                f"upload of {len(data) / 2**20:.1f} MB to {self._address} did not finish ({_last_line(error)}). It may "
+                f"take long, but not {UPLOAD_STALLED_S:g} s without progress: submit again, or send less with "
+                "--exclude or a smaller --working-dir"
+            ) from None
         return response
 
 
@@ -79,7 +97,7 @@ class JobServer:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        headers = _headers()
+        headers = given_headers()
         with _decided(address), _explained(address):
             self._client = _BoundedClient(address, headers=headers, verify=_certificates())
 
@@ -145,20 +163,6 @@ def _decided(address: str) -> Iterator[None]:
             os.environ[API_SERVER] = before
 
 
-def _headers() -> dict[str, Any] | None:
-    """What Ray's own command line takes too."""
-    text = os.environ.get(HEADERS)
-    if not text:
-        return None
-    try:
-        headers = json.loads(text)
-    except ValueError as error:
-        raise ConfigError(f'{HEADERS} is no JSON ({error}); write {{"Name": "value"}}') from None
-    if not isinstance(headers, dict):
-        raise ConfigError(f'{HEADERS}: a JSON object is needed, {{"Name": "value"}}; seen {text}')
-    return headers
-
-
 def _certificates() -> bool | str:
     return os.environ.get("REQUESTS_CA_BUNDLE") or os.environ.get("SSL_CERT_FILE") or True
 
@@ -189,11 +193,7 @@ class _explained:  # noqa: N801  reads as a statement
         if error is None or isinstance(error, UserError):
             return
         if isinstance(error, AuthenticationError) or _http_status(error) in (401, 403):
-            raise ConfigError(
-                f"{self._address} asks for a token ({_first_line(error)}). Set RAY_AUTH_MODE=token with RAY_AUTH_TOKEN "
-                "or RAY_AUTH_TOKEN_PATH to that of the cluster, or the header of a proxy in "
-                f'{HEADERS}=\'{{"Authorization": "Bearer …"}}\''
-            ) from None
+            raise ConfigError(asks_for_token(self._address, _first_line(error))) from None
         status = _http_status(error)
         if status == 404:
             if self._job_id:

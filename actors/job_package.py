@@ -7,6 +7,7 @@ files of rewards and tasks, which travel too. It knows no cluster.
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
@@ -19,6 +20,7 @@ from ray._private.thirdparty.pathspec import PathSpec  # type: ignore[attr-defin
 from weaver_rl.config import RunConfig
 from weaver_rl.errors import ConfigError
 from weaver_rl.job_files import NamedFile, modules_of_working_dir, named_files, override
+from weaver_rl.local_clusters import TOKEN_PATH
 
 MAX_PACKAGE_BYTES = int(DASHBOARD_CLIENT_MAX_SIZE) - 2**16
 """What Ray's job server takes in one request."""
@@ -27,6 +29,7 @@ IGNORE_FILES = (".gitignore", ".rayignore")
 SECRETS = (
     *(".env", ".env.*", ".netrc", "_netrc", ".pypirc", ".git-credentials", ".aws/", ".azure/", ".docker/", ".gnupg/"),
     *(".kube/", ".ssh/", "id_rsa", "id_dsa", "id_ecdsa", "id_ed25519", "*.pem", "*.key", "*.p12"),
+    *(".ray/", "*-token", "keys.txt"),
 )
 """What lets somebody in: a package is seen by everybody who uses the cluster. As in a .gitignore."""
 NEVER_PACKED = (
@@ -79,16 +82,22 @@ def plan_package(
             directory of everything; else the configuration file's.
 
     Raises:
-        ConfigError: a directory that is not there.
+        ConfigError: a directory that is not there, a file that cannot be packed.
     """
     config_file = config_file.resolve()
     base_dir = (config.base_dir or config_file.parent).resolve()
+    is_given = config.base_dir is not None and config.base_dir.is_absolute() and base_dir != config_file.parent
+    is_clusters = is_given and not base_dir.is_dir()
     named = named_files(config, base_dir)
+    if is_clusters:
+        # From there no path leads into the package, wherever that is unpacked.
+        named = [item for item in named if item.also_from_working_dir]
     modules = modules_of_working_dir(config, base_dir)
     if working_dir is not None:
         root = _given(working_dir)
     else:
-        root = _least(config_file, [base_dir, *([Path.cwd()] if modules else ()), *_parents(named)])
+        starts = [*(() if is_clusters else [base_dir]), *([Path.cwd()] if modules else ())]
+        root = _least(config_file, [*starts, *_parents(named)])
     if modules and root != Path.cwd():
         raise ConfigError(
             f"the module {modules[0]!r} of a reward is in {Path.cwd()}, the package begins at {root}: the job would "
@@ -102,20 +111,19 @@ def plan_package(
         )
     else:
         files = dict(_walk(root, [*NEVER_PACKED, *excludes]))
-    overrides: list[str] = []
     where = _place_in(files, root, config_file, Path(BESIDE))
     # Relative: every node unpacks the package at a place of its own.
-    inside = base_dir if base_dir.is_relative_to(root) else root
-    overrides.append(override("base_dir", inside.relative_to(root).as_posix()))
-    for index, item in enumerate(named):
-        if not item.path.is_dir():
-            place = _place_in(files, root, item.path, Path(BESIDE) / str(index))
-        else:
-            place = _place_directory(files, root, item.path, Path(BESIDE) / str(index))
-        written = os.path.relpath(root / place, inside)
-        if written != item.written and not _finds(item, root / place, inside, root):
-            overrides.extend(item.overrides(written))
+    inside = base_dir if base_dir.is_relative_to(root) and not is_clusters else root
+    in_package = inside.relative_to(root).as_posix()
+    overrides = [] if is_clusters else [override("base_dir", in_package)]
+    if is_clusters:
+        notes.append(f"base_dir is {base_dir}: the cluster's machines must have it")
+    elif is_given:
+        notes.append(f"base_dir is {base_dir} here; in the job it is {in_package!r} of the package")
+    overrides += _place_named(files, named, root, inside)
     notes += [f"{key} is {path}: the cluster's machines must have it there" for key, path in _absolute(config, named)]
+    files = _without_token(files)
+    _check_names(files)
     return JobPackage(root=root, files=files, config=str(where), overrides=tuple(overrides), notes=tuple(notes))
 
 
@@ -159,6 +167,27 @@ def _given(working_dir: Path) -> Path:
     return working_dir.resolve()
 
 
+def _without_token(files: dict[str, Path]) -> dict[str, Path]:
+    """Without the file by which Ray lets this user in, whatever its name."""
+    if not (token := os.environ.get(TOKEN_PATH)):
+        return files
+    kept_back = Path(token).resolve()
+    return {name: path for name, path in files.items() if path.resolve() != kept_back}
+
+
+def _check_names(files: Iterable[str]) -> None:
+    """An error and no note: a reward may look for the file."""
+    for name in files:
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            pattern = "".join("?" if "\udc80" <= letter <= "\udcff" else letter for letter in name)
+            raise ConfigError(
+                f"{pattern}: a name that is not UTF-8 cannot be packed; rename the file, or leave it out with "
+                f"--exclude {shlex.quote(pattern)}"
+            ) from None
+
+
 def _parents(named: Iterable[NamedFile]) -> list[Path]:
     return [item.path.parent for item in named if item.relative]
 
@@ -172,6 +201,20 @@ def _least(config_file: Path, directories: Iterable[Path]) -> Path:
 def _of_everything() -> set[Path]:
     home = Path(os.path.expanduser("~")).resolve()  # noqa: PTH111  Path.home() fails for a user without one
     return {Path("/"), Path("/home"), Path("/root"), Path(tempfile.gettempdir()).resolve(), home, *home.parents}
+
+
+def _place_named(files: dict[str, Path], named: Iterable[NamedFile], root: Path, inside: Path) -> list[str]:
+    """Sees to it that all of them are in the package; returns the `key=value` that name them anew."""
+    overrides: list[str] = []
+    for index, item in enumerate(named):
+        if not item.path.is_dir():
+            place = _place_in(files, root, item.path, Path(BESIDE) / str(index))
+        else:
+            place = _place_directory(files, root, item.path, Path(BESIDE) / str(index))
+        written = os.path.relpath(root / place, inside)
+        if written != item.written and not _finds(item, root / place, inside, root):
+            overrides.extend(item.overrides(written))
+    return overrides
 
 
 def _place_in(files: dict[str, Path], root: Path, path: Path, beside: Path) -> Path:
@@ -199,6 +242,7 @@ def _finds(item: NamedFile, place: Path, inside: Path, root: Path) -> bool:
 def _absolute(config: RunConfig, named: Iterable[NamedFile]) -> Iterator[tuple[str, str]]:
     packed = {item.key for item in named}
     for key, value in (
+        ("task.name", config.task.name),
         ("task.path", getattr(config.task, "path", None)),
         ("task.eval_path", getattr(config.task, "eval_path", None)),
         ("model.name", config.model.name),

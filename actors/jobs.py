@@ -19,7 +19,7 @@ from rich.console import Console
 from actors.job_client import JobLook, JobServer
 from actors.job_package import JobPackage, plan_package, write_package
 from weaver_rl.config import RunConfig
-from weaver_rl.errors import ConfigError, JobServerLostError, UnknownJobError
+from weaver_rl.errors import ConfigError, JobServerLostError, UnknownJobError, UserError
 from weaver_rl.exit_status import INTERRUPTED, INTERRUPTED_STATUS
 from weaver_rl.job_log import JobLog
 from weaver_rl.run_location import is_url
@@ -144,8 +144,12 @@ def how_it_stopped(server: JobServer, look: JobLook) -> str:
         )
     if look.state != "STOPPED":
         return ending(look)
+    try:
+        log = server.log(look.job_id)
+    except UserError as error:
+        return f"job {look.job_id} was stopped; whether in good order its log would say, which cannot be read ({error})"
     # What `weaver-rl train` prints at its end when a signal stopped it.
-    if INTERRUPTED in server.log(look.job_id)[-2000:]:
+    if INTERRUPTED in log[-2000:]:
         return f"job {look.job_id} has ended in good order; `--resume` goes on from its newest checkpoint"
     return (
         f"job {look.job_id} was killed before it had ended by itself; `--resume` goes on from the newest checkpoint. "
@@ -248,8 +252,7 @@ class _Follower:
         text = await self._ask(self._server.log)
         self._found()
         before = self._log.num_told
-        self._log.connect()
-        self._print(self._log.tell(text))
+        self._print(self._log.tell_whole(text))
         return self._log.num_told > before
 
     async def _wait_for_server(self, error: JobServerLostError) -> None:

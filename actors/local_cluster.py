@@ -23,6 +23,7 @@ from typing import Any
 import psutil
 import ray
 import requests
+from ray.exceptions import AuthenticationError, RayError
 
 from actors.cluster_processes import SESSION_MARK, end_session, processes_of
 from actors.signals import StopSignals
@@ -59,6 +60,19 @@ class ClusterShape:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ClusterLook:
+    """How a cluster stands.
+
+    Example:
+        ClusterLook(nodes=(look,), problem="")
+    """
+
+    nodes: tuple[NodeLook, ...]
+    problem: str
+    """Why Ray could not be asked though the head lives; empty when it answered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class NodeLook:
     """How one node stands."""
 
@@ -87,13 +101,13 @@ def start_cluster(files: ClusterFiles, shape: ClusterShape) -> LocalCluster:
         if before is not None:
             _refuse_live(before)
             _end(before)
-        session = tempfile.mkdtemp(prefix=SESSION_PREFIX)
         host = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
+        port, dashboard_port = _port(shape.port, "--port"), _port(shape.dashboard_port, "--dashboard-port")
         cluster = LocalCluster(
             name=files.name,
-            session=session,
-            address=f"{host}:{_port(shape.port, '--port')}",
-            dashboard=f"http://127.0.0.1:{_port(shape.dashboard_port, '--dashboard-port')}",
+            session=tempfile.mkdtemp(prefix=SESSION_PREFIX),
+            address=f"{host}:{port}",
+            dashboard=f"http://127.0.0.1:{dashboard_port}",
             token_file=str(files.token),
         )
         try:
@@ -134,17 +148,22 @@ def is_live(cluster: LocalCluster) -> bool:
     return bool(_live_nodes(cluster) or processes_of(cluster.session))
 
 
-def look_at(cluster: LocalCluster) -> list[NodeLook]:
+def look_at(cluster: LocalCluster) -> ClusterLook:
     """Every node with its resources; connects to the cluster if its head lives."""
     states = {node.name: process_state(node.pid, node.started_at) for node in cluster.nodes}
     total: dict[str, dict[str, float]] = {}
     free: dict[str, dict[str, float]] = {}
+    problem = ""
     if cluster.nodes and states[cluster.nodes[0].name] not in ALARMING:
-        total, free = _resources(cluster)
-    return [
+        try:
+            total, free = _resources(cluster)
+        except ResourcesError as error:
+            problem = str(error)
+    nodes = tuple(
         NodeLook(node=node, state=states[node.name], total=total.get(node.name, {}), free=free.get(node.name, {}))
         for node in cluster.nodes
-    ]
+    )
+    return ClusterLook(nodes=nodes, problem=problem)
 
 
 def _resources(cluster: LocalCluster) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, float]]]:
@@ -154,8 +173,12 @@ def _resources(cluster: LocalCluster) -> tuple[dict[str, dict[str, float]], dict
         host, _, port = cluster.address.rpartition(":")
         socket.create_connection((host, int(port)), timeout=5.0).close()
         ray.init(address=cluster.address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, RuntimeError, ValueError):
-        return {}, {}
+    except AuthenticationError as error:
+        reason = " ".join(error.message.split())
+        raise ResourcesError(f"{cluster.address} refused the token in {cluster.token_file} ({reason})") from None
+    except (OSError, RuntimeError, ValueError, RayError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ResourcesError(f"{cluster.address} does not answer ({reason})") from None
     try:
         nodes: list[dict[str, Any]] = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
         free: dict[str, dict[str, float]] = available_resources_per_node()  # type: ignore[no-untyped-call]

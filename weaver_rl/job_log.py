@@ -41,6 +41,13 @@ class JobLog:
         *lines, self._partial = (self._partial + text[known:]).split("\n")
         return lines
 
+    def tell_whole(self, text: str) -> list[str]:
+        """Takes the whole log, asked for beside the connection, which goes on where it was."""
+        at, self._at = self._at, 0
+        lines = self.tell(text)
+        self._at = at
+        return lines
+
     def end(self) -> list[str]:
         """The last line, if the log ended in the middle of it."""
         rest, self._partial = self._partial, ""

@@ -154,17 +154,17 @@ def local_clusters() -> list[LocalCluster]:
 
 
 def show_token_of(address: str | None, environment: MutableMapping[str, str] | None = None) -> None:
-    """Lets this process show the token of the local cluster at that address, unless the user gave one.
+    """Lets this process show the token of the local cluster at that address, whatever token the user has for another.
 
     Ray reads its environment when it is imported: this must come before.
     """
     env = os.environ if environment is None else environment
-    if not address or env.get(TOKEN) or env.get(TOKEN_PATH):
+    if not address:
         return
     for cluster in local_clusters():
         if _same_place(address, cluster.address) or _same_place(address, cluster.dashboard):
-            env.setdefault(TOKEN_MODE, "token")
-            env[TOKEN_PATH] = cluster.token_file
+            env.pop(TOKEN, None)  # Ray would take it before the path
+            env.update({TOKEN_MODE: "token", TOKEN_PATH: cluster.token_file})
             return
 
 

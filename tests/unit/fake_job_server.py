@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import socket
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -34,7 +35,14 @@ class FakeJob:
     """Statuses that the next questions about the job are answered with."""
     silent: bool = False
     """Connections that follow the log never tell anything and stay open; it ends when its whole log is asked for."""
+    pauses_at: int | None = None
+    """Characters after which connections that follow the log to its end wait until its whole log is asked for."""
+    log_is_lost: bool = False
+    """Who asks for its whole log is answered with an error."""
     chunk: int = 7
+    upload_pause_s: float = 0.0
+    """Before each 64 KiB of a package are taken."""
+    num_whole_logs: int = 0
     submitted: list[dict[str, Any]] = field(default_factory=list)
     packages: dict[str, bytes] = field(default_factory=dict)
     num_connections: int = 0
@@ -106,7 +114,11 @@ class FakeJobServer:
         )
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self._port)
+        listening = socket.socket()
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2**16)  # what it has not taken is not sent either
+        listening.bind(("127.0.0.1", self._port))
+        site = web.SockSite(self._runner, listening)
         await site.start()
         self._port = self._runner.addresses[0][1]
 
@@ -129,7 +141,11 @@ class FakeJobServer:
         return web.Response(status=200 if request.match_info["name"] in self.job.packages else 404)
 
     async def _upload(self, request: web.Request) -> web.Response:
-        self.job.packages[request.match_info["name"]] = await request.read()
+        package = bytearray()
+        while block := await request.content.read(2**16):
+            await asyncio.sleep(self.job.upload_pause_s)
+            package += block
+        self.job.packages[request.match_info["name"]] = bytes(package)
         return web.Response()
 
     async def _submit(self, request: web.Request) -> web.Response:
@@ -153,6 +169,9 @@ class FakeJobServer:
         return web.json_response({"stopped": True})
 
     async def _log(self, _: web.Request) -> web.Response:
+        self.job.num_whole_logs += 1
+        if self.job.log_is_lost:
+            return web.Response(status=500, text="Traceback:\nValueError: the agent is away")
         if self.job.silent:
             self.job.end()
         return web.json_response({"logs": self.job.log})
@@ -167,6 +186,9 @@ class FakeJobServer:
         text = self.job.log
         cut = self.job.cuts.pop(0) if self.job.cuts else None
         for start in range(0, len(text) if cut is None else cut, self.job.chunk):
+            if cut is None and self.job.pauses_at is not None and start >= self.job.pauses_at:
+                await self._whole_log_asked_for()
+                self.job.pauses_at = None
             await socket.send_str(text[start : min(start + self.job.chunk, len(text) if cut is None else cut)])
         if cut is None:
             self.job.end()
@@ -174,6 +196,11 @@ class FakeJobServer:
         elif request.transport is not None:
             request.transport.abort()
         return socket
+
+    async def _whole_log_asked_for(self) -> None:
+        num_before = self.job.num_whole_logs
+        while self.job.num_whole_logs == num_before:
+            await asyncio.sleep(0.01)
 
 
 @contextlib.contextmanager

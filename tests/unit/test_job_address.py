@@ -55,7 +55,12 @@ def test_one_that_is_none_is_told_what_one_looks_like(given: str, words: str):
 
 
 def test_a_password_in_an_address_is_refused_and_not_shown():
-    for given in ("http://anne:secret@head:8265", "http://anne:secret@head:port", "ray://anne:secret@head"):
+    for given in (
+        "http://anne:secret@h:8265",
+        "http://anne:secret@h:port",
+        "ray://anne:se/secret@h",
+        "anne:secret@h:8265",
+    ):
         with pytest.raises(ConfigError, match="RAY_JOB_HEADERS") as error:
             job_server_address(given, {}, ())
         assert "secret" not in str(error.value)

@@ -27,6 +27,18 @@ def test_every_line_comes_once_in_order_however_connections_break(text: str, con
     assert lines == (text[:-1] if text.endswith("\n") else text).split("\n") or (text == "" and lines == [])
 
 
+def test_the_whole_log_may_be_asked_for_while_a_connection_tells_it_again():
+    log = JobLog()
+    log.connect()
+    assert log.tell("one\ntwo\nth") == ["one", "two"]
+    log.connect()
+    assert log.tell("one\n") == []
+    assert log.tell_whole("one\ntwo\nth") == []
+    assert log.tell("two\nth") == []
+    assert log.tell_whole("one\ntwo\nthree\nfour\n") == ["three", "four"]
+    assert log.tell("ree\nfour\nfive\n") == ["five"]
+
+
 def test_a_line_is_told_only_when_it_is_whole():
     log = JobLog()
     log.connect()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import random
+import re
 import shutil
 import sys
 import zipfile
@@ -136,6 +138,9 @@ SECRETS = (
     ".kube/config",
     "deploy.pem",
     "id_ed25519",
+    "ray-token",
+    "keys.txt",
+    ".ray/auth_token",
 )
 
 
@@ -144,6 +149,64 @@ def test_what_lets_somebody_in_stays_here(work: Path, secret: str):
     write(work / "configs" / secret)
     config = configured(work / "configs" / "run.yaml", "[{name: task}]")
     assert set(planned(config, working_dir=work).files) == {"configs/run.yaml"}
+
+
+def test_the_token_of_this_user_stays_here_whatever_its_name(work: Path, monkeypatch):
+    token = write(work / "configs" / "model" / "mine.txt")
+    (work / "configs" / "linked.txt").symlink_to(token)
+    config = configured(work / "configs" / "run.yaml", "[{name: task}]")
+    monkeypatch.chdir(work / "configs")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "model/mine.txt")
+    write(work / "configs" / "model" / "config.json")
+    assert set(planned(config, "model={name: ./model}").files) == {"run.yaml", "model/config.json"}
+
+
+def test_the_tokens_that_the_documents_have_users_make_are_kept_back():
+    root = Path(__file__).parents[2]
+    made = re.findall(r"(?<=>)[a-z][\w.-]+", (root / "docs" / "clusters.md").read_text())
+    assert {"ray-token", "keys.txt"} <= set(made)
+    ignored = (root / ".gitignore").read_text().splitlines()
+    for name in ("ray-token", "keys.txt"):
+        assert job_package._spec(job_package.SECRETS).match_file(name)
+        assert job_package._spec(ignored).match_file(name)
+
+
+def test_a_base_dir_of_the_cluster_is_kept(work: Path, tmp_path: Path, monkeypatch):
+    write(work / "rewards" / "mine.py", REWARD)
+    task = write(tmp_path / "elsewhere" / "task.py")
+    config = configured(work / "configs" / "run.yaml", "[{name: 'rewards/mine.py:one'}]", f"{{name: '{task}:Mine'}}")
+    for there, options in (
+        (tmp_path / "of_the_cluster", {}),
+        (work / "configs" / "of_the_cluster", {"working_dir": work / "configs"}),
+    ):
+        package = planned(config, f"base_dir={there}", **options)
+        assert package.notes == (
+            f"base_dir is {there}: the cluster's machines must have it",
+            f"task.name is {task}:Mine: the cluster's machines must have it there",
+        )
+        assert not [item for item in package.overrides if item.startswith(("base_dir", "task"))]
+    loaded = in_the_job(package, tmp_path, monkeypatch, f"base_dir={there}")
+    assert loaded.base_dir == there
+    load_reward(loaded.rewards[0], there)
+
+
+def test_a_base_dir_of_this_machine_is_replaced_and_that_is_said(work: Path, tmp_path: Path, monkeypatch):
+    write(work / "rewards" / "mine.py", REWARD)
+    config = configured(work / "configs" / "run.yaml", "[{name: 'mine.py:one'}]")
+    package = planned(config, f"base_dir={work}/rewards")
+    assert package.notes == (f"base_dir is {work}/rewards here; in the job it is 'rewards' of the package",)
+    assert planned(config).notes == ()
+    loads(in_the_job(package, tmp_path, monkeypatch, f"base_dir={work}/rewards"))
+
+
+def test_a_name_that_is_not_utf_8_is_an_error_that_says_how_to_leave_it_out(work: Path, tmp_path: Path):
+    (work / "configs" / os.fsdecode(b"caf\xe9.txt")).write_text("x")
+    config = configured(work / "configs" / "run.yaml", "[{name: task}]")
+    with pytest.raises(ConfigError, match=r"caf\?\.txt: .*not UTF-8.*--exclude 'caf\?\.txt'"):
+        planned(config)
+    package = planned(config, excludes=["caf?.txt"])
+    assert set(package.files) == {"run.yaml"}
+    write_package(package, tmp_path / "package.zip")
 
 
 def test_a_link_to_everything_is_not_followed(work: Path, tmp_path: Path, monkeypatch):

@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import io
 import json
+import random
 import socket
 import sys
 import threading
 import time
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from fake_job_server import JOB, FakeJob, serving
 from rich.console import Console
+from urllib3.connection import HTTPConnection
 
 from actors import job_client, jobs
 from actors.job_client import JobServer
 from actors.jobs import JobRequest, exit_status, follow, submit
 from weaver_rl import cli
+from weaver_rl.commands import jobs as jobs_command
 from weaver_rl.config import load_config
 from weaver_rl.errors import ConfigError, JobServerLostError, UnknownJobError
 from weaver_rl.exit_status import INTERRUPTED
@@ -122,6 +126,14 @@ def test_a_connection_that_is_dead_and_looks_silent_is_noticed():
     assert (lines, notes, look.state) == (LINES, [], "SUCCEEDED")
 
 
+def test_a_connection_that_was_slow_to_tell_the_log_again_tells_no_line_twice():
+    job = FakeJob(log=LOG, pauses_at=100)
+    with serving(job) as server:
+        lines, notes, look = read(JobServer(server.address), tail=2)
+    assert (lines, notes, look.state) == (LINES[-2:], [], "SUCCEEDED")
+    assert job.num_connections == 1
+
+
 def test_the_last_line_needs_no_newline_and_tail_leaves_out_the_first():
     job = FakeJob(log=LOG + "half a line", cuts=[50])
     with serving(job) as server:
@@ -187,6 +199,47 @@ def test_the_same_files_are_the_same_package(tmp_path: Path):
     assert list(sent(tmp_path)[1].packages) == list(sent(tmp_path)[1].packages)
 
 
+@pytest.fixture
+def _small_buffers() -> Iterator[None]:
+    """What the server has not taken was hardly sent either."""
+    option = (socket.SOL_SOCKET, socket.SO_SNDBUF, 2**16)
+    HTTPConnection.default_socket_options.append(option)
+    yield
+    HTTPConnection.default_socket_options.remove(option)
+
+
+def upload(job: FakeJob, tmp_path: Path) -> bytes:
+    package = tmp_path / "package.zip"
+    package.write_bytes(random.Random(0).randbytes(4 * 2**20))
+    with serving(job) as server:
+        JobServer(server.address).submit(entrypoint="true", job_id="new", package=package, env_vars={})
+    return package.read_bytes()
+
+
+@pytest.mark.usefixtures("_small_buffers")
+def test_an_upload_may_take_as_long_as_it_makes_progress(tmp_path: Path, monkeypatch):
+    for name in ("CONNECT_WITHIN_S", "ANSWER_WITHIN_S", "UPLOAD_STALLED_S"):
+        monkeypatch.setattr(job_client, name, 0.8)
+    job = FakeJob(upload_pause_s=0.03)
+    began = time.monotonic()
+    package = upload(job, tmp_path)
+    assert time.monotonic() - began > 1
+    assert list(job.packages.values()) == [package]
+    (headers,) = [headers for headers in job.headers if headers.get("Content-Length") == str(len(package))]
+    assert "Transfer-Encoding" not in headers
+
+
+@pytest.mark.usefixtures("_small_buffers")
+def test_an_upload_without_progress_is_given_up_and_the_address_is_not_blamed(tmp_path: Path, monkeypatch):
+    monkeypatch.setattr(job_client, "UPLOAD_STALLED_S", 0.3)
+    began = time.monotonic()
+    with pytest.raises(JobServerLostError, match=r"upload of 4\.0 MB to http://\S+ did not finish") as error:
+        upload(FakeJob(upload_pause_s=60), tmp_path)
+    assert time.monotonic() - began < 3
+    assert "--exclude" in str(error.value)
+    assert "--address" not in str(error.value)
+
+
 @pytest.mark.parametrize("where", ["runs/mine", "null", "~/runs"])
 def test_a_run_folder_that_would_be_lost_is_refused(tmp_path: Path, where: str):
     with pytest.raises(ConfigError, match=r"relative: .* run_dir=/shared/tiny, or a URL"):
@@ -244,6 +297,15 @@ def test_stop_says_how_the_job_ended(monkeypatch, capsys, log: str, words: str):
     assert "was stopped already" in capsys.readouterr().out
 
 
+def test_a_job_has_stopped_though_its_log_cannot_be_read(monkeypatch, capsys):
+    with serving(FakeJob(log_is_lost=True)) as server:
+        assert command(monkeypatch, "stop", JOB, "--address", server.address) == 0
+    printed = capsys.readouterr()
+    assert f"job {JOB} was stopped; whether in good order its log would say, which cannot be read" in printed.out
+    assert "the agent is away" in printed.out
+    assert printed.err == ""
+
+
 def test_stop_does_not_wait_for_ever(monkeypatch, capsys):
     job = FakeJob(log=LOG, stops_when_asked=False)
     with serving(job) as server:
@@ -255,6 +317,33 @@ def test_jobs_are_listed(monkeypatch, capsys):
     with serving(FakeJob()) as server:
         assert command(monkeypatch, "jobs", "--address", server.address) == 0
     assert "running" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "300"])
+def test_a_list_of_jobs_has_their_ids_whole_and_folds_only_what_they_do(monkeypatch, capsys, columns: str):
+    looks = [
+        job_client.JobLook(
+            job_id=job_id,
+            state="SUCCEEDED",
+            message="",
+            exit_code=0,
+            started_at=1_767_225_600.0,
+            ended_at=1_767_229_200.0,
+            entrypoint=f"exec weaver-rl train {'long' * 30}.yaml run_dir=/shared/{job_id}",
+        )
+        for job_id in ("gsm8k_8gpu-1a2b3c4d", "a-name-of-sixty-characters-that-somebody-gave-by-hand-1a2b3c4")
+    ]
+    monkeypatch.setattr(JobServer, "jobs", lambda _: looks)
+    monkeypatch.setenv("COLUMNS", columns)
+    with serving(FakeJob()) as server:
+        assert command(monkeypatch, "jobs", "--address", server.address) == 0
+    printed = capsys.readouterr().out
+    folded = "".join(line[printed.index("what") :] for line in printed.splitlines())
+    for look in looks:
+        assert f"{look.job_id} " in printed
+        assert look.entrypoint.removeprefix("exec ").replace(" ", "") in folded.replace(" ", "")
+    assert printed.count(jobs_command._clock(looks[0].started_at)) == 2
+    assert "…" not in printed
 
 
 def test_an_unknown_job_is_one_message(monkeypatch, capsys):

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from weaver_rl.cli import app
 from weaver_rl.errors import ConfigError
 from weaver_rl.local_clusters import ClusterNode, LocalCluster, cluster_files, local_clusters, show_token_of
 
 pytestmark = pytest.mark.unit
+
+SERVER = Path(__file__).resolve().parents[2] / "configs" / "serve_quickstart.yaml"
 
 
 @pytest.fixture
@@ -61,10 +66,23 @@ def test_nobody_else_is(written: LocalCluster, address: str | None):
     assert environment == {}
 
 
-def test_a_token_of_the_users_is_kept(written: LocalCluster):
-    environment = {"RAY_AUTH_TOKEN": "mine"}
+@pytest.mark.parametrize("foreign", [{"RAY_AUTH_TOKEN": "mine"}, {"RAY_AUTH_TOKEN_PATH": "/home/me/token"}])
+def test_a_token_for_another_cluster_is_not_shown_to_it(written: LocalCluster, foreign: dict[str, str]):
+    environment = dict(foreign)
     show_token_of(written.address, environment)
-    assert environment == {"RAY_AUTH_TOKEN": "mine"}
+    assert environment == {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": written.token_file}
+    environment = dict(foreign)
+    show_token_of("10.0.0.6:41001", environment)
+    assert environment == foreign
+
+
+def test_a_server_shows_it_too(written: LocalCluster, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/home/me/token")
+    shown: list[str | None] = []
+    monkeypatch.setattr("actors.serve.serve", lambda *_: shown.append(os.environ.get("RAY_AUTH_TOKEN_PATH")))
+    ended = CliRunner().invoke(app, ["serve", str(SERVER), "--address", written.address])
+    assert (ended.exit_code, shown) == (0, [written.token_file]), ended.output
 
 
 def test_two_commands_do_not_start_or_stop_one_cluster_at_once(written: LocalCluster):

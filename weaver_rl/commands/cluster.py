@@ -62,19 +62,21 @@ def status(name: NameOption = "default") -> None:
     from actors.local_cluster import look_at
 
     table = Table("node", "pid", "process", "CPUs used", "of", "object store MB", box=None)
-    looks = look_at(found)
-    for look in looks:
+    looked = look_at(found)
+    for look in looked.nodes:
         total, free = look.total, look.free
         cpus = total.get("CPU", 0.0)
         row = (f"{cpus - free.get('CPU', 0.0):g}", f"{cpus:g}", f"{total.get('object_store_memory', 0) / 2**20:.0f}")
         table.add_row(look.node.name, str(look.node.pid), look.state, *(row if look.serves else ("–", "–", "–")))
     console.print(table)
-    alive = sum(look.serves for look in looks)
-    console.print(f"{alive} of {len(looks)} nodes serve; {len(processes_of(found.session))} processes")
+    alive = sum(look.serves for look in looked.nodes)
+    console.print(f"{alive} of {len(looked.nodes)} nodes serve; {len(processes_of(found.session))} processes")
+    if looked.problem:
+        console.print(looked.problem, markup=False)
     if not found.ready:
         console.print("it was never ready: whoever started it was killed; `weaver-rl cluster stop` removes it")
     _print_addresses(console, found)
-    raise typer.Exit(0 if found.ready and alive == len(looks) else 1)
+    raise typer.Exit(0 if found.ready and alive == len(looked.nodes) else 1)
 
 
 @cluster.command()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from weaver_rl.commands.arguments import ConfigArgument, OverridesArgument
 from weaver_rl.errors import ConfigError
@@ -31,6 +31,11 @@ ServerOption = Annotated[
     ),
 ]
 ReconnectOption = Annotated[float, typer.Option(min=0, help="Seconds the job server may be away while followed.")]
+
+PADDING = 2
+"""Columns of the terminal beside a cell of a table."""
+LEAST_WHAT = 14
+"""Columns of the terminal for what a job does, whatever the others take."""
 
 
 def submit(
@@ -124,11 +129,16 @@ def stop(
 def jobs(address: ServerOption = None) -> None:
     """List the jobs of a cluster."""
     server = _server(address)
-    table = Table("job", "state", "started", "ended", "what", box=None)
-    for look in server.jobs():
-        entrypoint = look.entrypoint.removeprefix("exec ")
-        table.add_row(look.job_id, look.state.lower(), _clock(look.started_at), _clock(look.ended_at), entrypoint)
-    Console(highlight=False, markup=False).print(table)
+    looks = server.jobs()
+    rows = [(look.job_id, look.state.lower(), _clock(look.started_at), _clock(look.ended_at)) for look in looks]
+    columns = list(zip(("job", "state", "started", "ended"), *rows, strict=True))
+    table = Table(*(Column(cells[0], no_wrap=True) for cells in columns), Column("what", overflow="fold"), box=None)
+    for look, row in zip(looks, rows, strict=True):
+        table.add_row(*row, look.entrypoint.removeprefix("exec "))
+    console = Console(highlight=False, markup=False)
+    # A table that has no room cuts off ids, which people copy.
+    console.width = max(console.width, sum(max(map(len, cells)) + PADDING for cells in columns) + LEAST_WHAT)
+    console.print(table)
 
 
 def _server(address: str | None) -> JobServer:
