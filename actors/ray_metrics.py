@@ -9,6 +9,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from ray.util.metrics import Counter, Gauge, Histogram
@@ -19,6 +20,14 @@ from weaver_rl.placement import ClusterConfig
 from weaver_rl.prometheus import Exported
 
 _log = logging.getLogger(__name__)
+
+
+class CounterFromZero(Counter):
+    """A counter of Ray's that can be seen before it has counted anything."""
+
+    def begin(self, tags: Mapping[str, str]) -> None:
+        """The series stands at 0: `inc` refuses that, what Ray's `inc` hands its figures to does not."""
+        self._record(0.0, dict(tags))
 
 
 class RayMeter:
@@ -35,6 +44,9 @@ class RayMeter:
         self._made: dict[str, Any] = {}
         self._gauges: set[tuple[str, tuple[tuple[str, str], ...]]] = set()
         self._has_warned = False
+        for row in self._table.values():
+            for labels in row.known:
+                self._tell(partial(self._begin, row.name, labels))
 
     def set(self, name: str, value: float, /, **labels: str) -> None:
         """See `Meter`."""
@@ -54,6 +66,9 @@ class RayMeter:
         for name, labels in tuple(self._gauges):
             self.set(name, math.nan, **dict(labels))
 
+    def _begin(self, name: str, labels: Mapping[str, str]) -> None:
+        self._metric(name).begin({**self._common, **labels})
+
     def _set(self, name: str, value: float, labels: dict[str, str]) -> None:
         self._gauges.add((name, tuple(sorted(labels.items()))))
         self._metric(name).set(float(value), self._common | labels)
@@ -64,7 +79,7 @@ class RayMeter:
             if row.kind == "histogram":
                 self._made[name] = Histogram(name, row.meaning, boundaries=list(row.buckets), tag_keys=row.labels)
             else:
-                kinds: dict[str, Callable[..., Any]] = {"gauge": Gauge, "counter": Counter}
+                kinds: dict[str, Callable[..., Any]] = {"gauge": Gauge, "counter": CounterFromZero}
                 self._made[name] = kinds[row.kind](name, row.meaning, row.labels)
         return self._made[name]
 

@@ -203,10 +203,12 @@ class SpanCollector:
         told.append((CONTROLLER, CONTROLLER, own))
         for actor, role, spans in told:
             self._keeper.tell(actor, role, spans)
-        rows = self._keeper.write(living | {(CONTROLLER, own.process)}, is_last=is_last)
-        for actor, role, spans in told:
-            self._files.append(actor, role, spans)
-        return rows
+        try:
+            return self._keeper.write(living | {(CONTROLLER, own.process)}, is_last=is_last)
+        finally:
+            # Whatever becomes of the rows, which the keeper keeps: nobody keeps the spans.
+            for actor, role, spans in told:
+                self._files.append(actor, role, spans)
 
     def _warn(self, error: Exception) -> None:
         if not self._has_warned:

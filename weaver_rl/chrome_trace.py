@@ -51,7 +51,7 @@ def export_trace(folder: RunFolder, path: Path, *, steps: StepRange = EVERY_STEP
     if not actors:
         raise ConfigError(f"{folder.path} has no spans: give the folder of a run that was started with this version")
     begin_s, end_s = _between(folder, actors, steps)
-    origin_s = max(begin_s, _origin(actors))
+    origin_s = _origin(actors, begin_s, end_s)
     num_spans = 0
     with _opened(path) as file:
         file.write('{"displayTimeUnit": "ms", "otherData": ')
@@ -79,9 +79,16 @@ def _opened(path: Path) -> Iterator[IO[str]]:
         aside.unlink(missing_ok=True)
 
 
-def _origin(actors: list[ActorSpans]) -> float:
-    """Where the time of the trace begins: no span is before it."""
-    return min((recorded.span.begin_s for actor in actors for recorded in actor.read()), default=0.0)
+def _origin(actors: list[ActorSpans], begin_s: float, end_s: float) -> float:
+    """Where the time of the trace begins: no span is before it, as Perfetto drops what is."""
+    chosen = (recorded.span.begin_s for actor in actors for recorded in _during(actor, begin_s, end_s))
+    return min(chosen, default=0.0)
+
+
+def _during(actor: ActorSpans, begin_s: float, end_s: float) -> Iterator[RecordedSpan]:
+    for recorded in actor.read():
+        if recorded.span.end_s >= begin_s and recorded.span.begin_s <= end_s:
+            yield recorded
 
 
 def _between(folder: RunFolder, actors: list[ActorSpans], steps: StepRange) -> tuple[float, float]:
@@ -109,10 +116,8 @@ def _events(
         yield _named("process_name", number, 0, name=actor.actor)
         yield _named("process_sort_index", number, 0, sort_index=number)
         tracks = _Tracks(number)
-        for recorded in actor.read():
+        for recorded in _during(actor, begin_s, end_s):
             span = recorded.span
-            if span.end_s < begin_s or span.begin_s > end_s:
-                continue
             thread, new = tracks.of(recorded)
             yield from new
             yield _complete(recorded, number, thread, origin_s)

@@ -30,6 +30,8 @@ from weaver_rl.run_folder import append_whole
 from weaver_rl.spans import Process, Span, Spans, now
 
 LATE_S = 300.0
+MAX_UNWRITTEN_ROWS = 10_000
+"""That are kept for a disk that may have room again; a run may go on for days without one."""
 
 
 @dataclass(slots=True)
@@ -76,6 +78,7 @@ class LedgerKeeper:
         self._told: dict[tuple[str, Process], _Told] = {}
         self._windows: deque[StepWindow] = deque()
         self._silent_since: dict[str, float] = {}
+        self._unwritten: list[LedgerRow] = []
         self.last_rows: tuple[LedgerRow, ...] = ()
         """Those of the newest step that is written."""
 
@@ -97,26 +100,35 @@ class LedgerKeeper:
                     self._rewind(int(span.attributes["step"]))
 
     def write(self, living: Collection[tuple[str, Process | None]], *, is_last: bool = False) -> list[LedgerRow]:
-        """Writes the rows of every step that is complete, and returns them.
+        """Writes the rows of every step that is complete, and returns them. What cannot be written comes next time.
 
         Args:
             living: every actor that there is, with its process if it has told of itself.
             is_last: nothing more will be told: all steps are written.
+
+        Raises:
+            OSError: they cannot be written; of many the newest are kept.
         """
         for key, told in self._told.items():
             told.has_ended = told.has_ended or key not in living
         is_waited_for = self._is_waited_for({actor for actor, process in living if process is None})
-        last_rows = self.last_rows
-        written: list[LedgerRow] = []
         while self._windows and (is_last or self._is_complete(self._windows[0], is_waited_for)):
             window = self._windows.popleft()
-            last_rows = tuple(ledger_rows(window, [told.life() for told in sorted(self._told.values(), key=_place)]))
-            written += last_rows
+            self._unwritten += ledger_rows(window, [told.life() for told in sorted(self._told.values(), key=_place)])
             self._forget(window.end_s)
-        if written:
-            # After all was forgotten: a file that cannot be written, for days perhaps, must not keep it in memory.
-            append_whole(self._path, "".join(row.to_json() for row in written))
-        self.last_rows = last_rows
+        return self._append()
+
+    def _append(self) -> list[LedgerRow]:
+        """Writes what was not written."""
+        if not self._unwritten:
+            return []
+        try:
+            append_whole(self._path, "".join(row.to_json() for row in self._unwritten))
+        except OSError:
+            del self._unwritten[:-MAX_UNWRITTEN_ROWS]
+            raise
+        written, self._unwritten = self._unwritten, []
+        self.last_rows = tuple(row for row in written if row.step == written[-1].step)
         return written
 
     def _is_waited_for(self, silent: Collection[str]) -> bool:
@@ -135,6 +147,7 @@ class LedgerKeeper:
 
     def _rewind(self, step: int) -> None:
         self._windows = deque(window for window in self._windows if window.step <= step)
+        self._unwritten = [row for row in self._unwritten if row.step <= step]
         truncate_ledger(self._path, step)
 
     def _ended_before(self, actor: str, begun_s: float) -> None:

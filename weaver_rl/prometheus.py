@@ -8,10 +8,12 @@ lasts, not once a step, is in `LIVE`.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
+from weaver_rl.ledger import CONTROLLER, ROLES
 from weaver_rl.metrics import METRICS, STAGES, Metric, find_metric
 
 Kind = Literal["gauge", "counter", "histogram"]
@@ -60,6 +62,9 @@ class Exported:
     unit: str = "1"
     buckets: tuple[float, ...] = ()
     """Upper bounds of a histogram."""
+    known: tuple[Mapping[str, str], ...] = ()
+    """Series of a counter, by labels without the common one, that begin with the process. Prometheus' `rate` does not
+    see the first event of one that begins with the event."""
     sources: tuple[str, ...] = ()
     """Names in metrics.jsonl, with `<label>` and `<lag>` as they stand in METRICS."""
 
@@ -69,6 +74,8 @@ class Exported:
         name = EXPORTED_AS + self.name
         return (name,) if self.kind != "histogram" else (f"{name}_bucket", f"{name}_sum", f"{name}_count")
 
+
+_LOSABLE = tuple({"role": role} for role in ROLES if role != CONTROLLER)
 
 LIVE: tuple[Exported, ...] = (
     Exported(
@@ -110,6 +117,7 @@ LIVE: tuple[Exported, ...] = (
         name=f"{PREFIX}_actor_losses_total",
         kind="counter",
         labels=("run", "role"),
+        known=_LOSABLE,
         meaning="actors that died, hung or could not be trusted any more",
         unit="actors",
     ),
@@ -117,6 +125,7 @@ LIVE: tuple[Exported, ...] = (
         name=f"{PREFIX}_actor_restarts_total",
         kind="counter",
         labels=("run", "role"),
+        known=_LOSABLE,
         meaning="actors that came up in the place of a lost one",
         unit="actors",
     ),
@@ -124,6 +133,7 @@ LIVE: tuple[Exported, ...] = (
         name=f"{PREFIX}_groups_reissued_total",
         kind="counter",
         labels=("run",),
+        known=({},),
         meaning="groups that were given to another sampler because the first was lost",
         unit="groups",
     ),

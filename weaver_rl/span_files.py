@@ -97,16 +97,19 @@ class ActorSpans:
 def find_span_files(directory: Path) -> list[ActorSpans]:
     """The files of every actor, by name."""
     found = []
-    for path in sorted(directory.glob("*.jsonl")):
-        if path.name.endswith(OLDER):
-            continue
-        with path.open(encoding="utf-8", errors="replace") as file:
-            head = _parsed(file.readline())
-        older = path.with_name(path.name.removesuffix(".jsonl") + OLDER)
-        paths = (older, path) if older.exists() else (path,)
-        if "actor" in head:
+    slugs = {path.name.removesuffix(OLDER).removesuffix(".jsonl") for path in directory.glob("*.jsonl")}
+    for name in sorted(slugs):
+        # A kill or a full disk between the two leaves the older one without a newer, or with one that has no head.
+        paths = tuple(path for path in (directory / f"{name}{OLDER}", directory / f"{name}.jsonl") if path.exists())
+        head = next((head for head in map(_head, paths) if "actor" in head), None)
+        if head is not None:
             found.append(ActorSpans(actor=head["actor"], role=head["role"], paths=paths))
     return found
+
+
+def _head(path: Path) -> dict[str, Any]:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return _parsed(file.readline())
 
 
 def _ends_whole(path: Path) -> bool:

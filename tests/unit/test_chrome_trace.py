@@ -114,11 +114,16 @@ def test_the_checker_sees_spans_that_do_not_nest(folder: RunFolder):
 
 @pytest.mark.parametrize(("steps", "seen"), [("2:2", [2]), ("2", [2]), ("2:", [2, 3]), (":2", [1, 2])])
 def test_only_some_steps(folder: RunFolder, steps: str, seen: list[int]):
+    # It begins in step 1 and ends in step 2.
+    SpanFiles(folder.spans).append("reward 0", "reward", _one("reward/score", EPOCH + 0.5, EPOCH + 1.5))
     ended = CliRunner().invoke(app, ["trace", str(folder.path), "--steps", steps])
     assert ended.exit_code == 0, ended.output
     events = check_trace(folder.trace)
     assert [event["args"]["step"] for event in events if event["name"] == STEP] == seen
     assert sum(event["name"] == "learner/optim_step" for event in events) == len(seen)
+    spans = [event for event in events if event["ph"] == "X"]
+    assert min(event["ts"] for event in spans) == 0
+    assert [event["dur"] for event in spans if event["name"] == "reward/score"] == [1_000_000]
 
 
 @pytest.mark.parametrize(

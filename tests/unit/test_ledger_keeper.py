@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from weaver_rl import ledger_keeper
 from weaver_rl.ledger import CONTROLLER, REWOUND, STEP, LedgerRow, read_ledger
 from weaver_rl.ledger_keeper import LedgerKeeper, truncate_ledger
 from weaver_rl.spans import Process, Span, Spans
@@ -199,19 +200,44 @@ def test_a_ledger_is_cut_after_a_step(tmp_path: Path, step: int, kept: int):
     assert path.read_text() == "".join(rows[:kept])
 
 
-def test_a_ledger_that_cannot_be_written_keeps_nothing_in_memory(run: Run):
+def three_steps_without_a_ledger(run: Run) -> None:
     run.path.mkdir()
     for number in range(1, 4):
         run.tell("sampler 0", 20 * number, ("sampler/generate", 20 * number - 19, 20 * number - 12))
         run.tell(CONTROLLER, 20 * number, (STEP, 20 * number - 20, 20 * number - 10, number))
-    with pytest.raises(IsADirectoryError):
-        run.write("sampler 0")
+        with pytest.raises(IsADirectoryError):
+            run.write("sampler 0")
     assert not run.keeper._windows
     assert all(not told.ended for told in run.keeper._told.values())
+    assert run.keeper.last_rows == ()
+
+
+def test_a_ledger_that_could_not_be_written_is_made_up_for(run: Run):
+    three_steps_without_a_ledger(run)
     run.path.rmdir()
+    written = run.write("sampler 0")
+    assert [row.step for row in written] == [1, 1, 2, 2, 3, 3]
+    assert list(read_ledger(run.path)) == written
+    assert run.keeper.last_rows == tuple(written[-2:])
+    assert run.write("sampler 0") == []
     run.tell("sampler 0", 90)
     run.tell(CONTROLLER, 90, (STEP, 60, 80, 4))
     assert {row.step for row in run.write("sampler 0")} == {4}
+
+
+def test_of_a_ledger_that_can_never_be_written_little_is_kept(run: Run, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(ledger_keeper, "MAX_UNWRITTEN_ROWS", 4)
+    three_steps_without_a_ledger(run)
+    run.path.rmdir()
+    assert [row.step for row in run.write("sampler 0")] == [2, 2, 3, 3]
+
+
+def test_a_run_that_goes_back_forgets_rows_that_could_not_be_written(run: Run):
+    three_steps_without_a_ledger(run)
+    run.path.rmdir()
+    run.tell(CONTROLLER, 70, (REWOUND, 65, 65, 1), (STEP, 65, 70, 2))
+    run.tell("sampler 0", 70)
+    assert [row.step for row in run.write("sampler 0")] == [1, 1, 2, 2]
 
 
 def test_at_the_end_everything_is_written(run: Run):

@@ -56,6 +56,9 @@ def test_a_table_is_what_prometheus_takes(table: tuple[Exported, ...]):
         assert "le" not in row.labels
         if row.unit == "s":
             assert re.search(r"_seconds(_total)?$", row.name)
+        assert not row.known or row.kind == "counter"
+        common = {row.labels[0]}
+        assert all({*labels} | common == {*row.labels} and {*labels} != {*row.labels} for labels in row.known)
 
 
 def test_every_metric_of_a_step_is_exported():

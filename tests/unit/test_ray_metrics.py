@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from actors import ray_metrics
-from actors.ray_metrics import RayMeter, metered
+from actors.ray_metrics import CounterFromZero, RayMeter, metered
 from weaver_rl.meter import NoMeter
 from weaver_rl.placement import ClusterConfig
 from weaver_rl.prometheus import Exported
@@ -19,6 +19,15 @@ TABLE = (
     Exported(name="weaver_rl_a", kind="gauge", labels=("run", "x"), meaning="a"),
     Exported(name="weaver_rl_b_total", kind="counter", labels=("run",), meaning="b"),
     Exported(name="weaver_rl_c_seconds", kind="histogram", labels=("run",), meaning="c", buckets=(1.0, 2.0)),
+)
+
+
+EVENTS = Exported(
+    name="weaver_rl_d_total",
+    kind="counter",
+    labels=("run", "role"),
+    meaning="d",
+    known=({"role": "sampler"}, {"role": "learner"}),
 )
 
 
@@ -40,11 +49,14 @@ class FakeMetric:
 
     set = inc = observe = record
 
+    def begin(self, tags: dict[str, str]) -> None:
+        self.record(0.0, tags)
+
 
 @pytest.fixture(autouse=True)
 def told(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     FakeMetric.told, FakeMetric.error = [], None
-    for kind in ("Gauge", "Counter", "Histogram"):
+    for kind in ("Gauge", "CounterFromZero", "Histogram"):
         monkeypatch.setattr(ray_metrics, kind, FakeMetric)
     return FakeMetric.told
 
@@ -63,6 +75,35 @@ def test_what_is_told_is_handed_over_with_all_labels(told: list[tuple[Any, ...]]
         ("made", "weaver_rl_c_seconds", ("run",), [1.0, 2.0]),
         ("weaver_rl_c_seconds", 1.5, {"run": "r"}),
     ]
+
+
+def test_counters_whose_labels_are_known_are_there_before_anything_is_counted(told: list[tuple[Any, ...]]):
+    meter = RayMeter((*TABLE, EVENTS), {"run": "r"})
+    meter.add("weaver_rl_d_total", 1, role="learner")
+    assert told == [
+        ("made", "weaver_rl_d_total", ("run", "role"), None),
+        ("weaver_rl_d_total", 0.0, {"run": "r", "role": "sampler"}),
+        ("weaver_rl_d_total", 0.0, {"run": "r", "role": "learner"}),
+        ("weaver_rl_d_total", 1.0, {"run": "r", "role": "learner"}),
+    ]
+
+
+def test_a_counter_of_rays_begins_at_0():
+    counter = CounterFromZero("weaver_rl_d_total", "d", ("run",))
+    counter._metric = RayRecords()
+    counter.begin({"run": "r"})
+    counter.inc(1.0, {"run": "r"})
+    assert counter._metric.records == [(0.0, {"run": "r"}), (1.0, {"run": "r"})]
+
+
+class RayRecords:
+    """In the place of what Ray's counters hand their figures to."""
+
+    def __init__(self) -> None:
+        self.records: list[tuple[float, dict[str, str]]] = []
+
+    def record(self, value: float, tags: dict[str, str]) -> None:
+        self.records.append((value, tags))
 
 
 def test_gauges_go_with_the_process(told: list[tuple[Any, ...]]):

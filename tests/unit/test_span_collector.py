@@ -156,6 +156,14 @@ def test_the_shortest_round_trip_counts_until_it_is_old():
     assert clocks.behind_s("there", 700.0, 692.0, 704.0) == 10.0
 
 
+def test_a_ledger_that_cannot_be_written_costs_no_spans(folder: RunFolder):
+    folder.ledger_file.mkdir()
+    rows: list[LedgerRow] = []
+    collect(folder, [SpanSource(actor="sampler 0", role="sampler", handle=busy("sampler/generate", pid=10))], rows)
+    assert not rows
+    assert [actor.actor for actor in find_span_files(folder.spans)] == ["controller", "sampler 0"]
+
+
 def test_what_goes_wrong_is_told_once_and_stops_nothing(folder: RunFolder, caplog: pytest.LogCaptureFixture):
     folder.spans.write_text("in the way")
     source = SpanSource(actor="sampler 0", role="sampler", handle=busy("sampler/generate", pid=10))

@@ -72,6 +72,17 @@ def test_the_newest_stay_and_the_files_are_bounded(tmp_path: Path):
     assert len(kept) > 50
 
 
+def test_spans_are_found_between_a_rotation_and_what_comes_next(tmp_path: Path):
+    files = SpanFiles(tmp_path, max_bytes=200)
+    files.append("sampler 0", "sampler", drained(0, 1))
+    (tmp_path / "sampler-0.jsonl").rename(tmp_path / "sampler-0.older.jsonl")  # then a kill, or a full disk
+    assert ids(tmp_path) == [0, 1]
+    (tmp_path / "sampler-0.jsonl").touch()
+    assert ids(tmp_path) == [0, 1]
+    SpanFiles(tmp_path).append("sampler 0", "sampler", drained(2))
+    assert ids(tmp_path) == [0, 1, 2]
+
+
 def test_names_of_files():
     assert slug("sampler 12") == "sampler-12"
     assert slug("a/../b") == "a-..-b"

@@ -6,7 +6,11 @@ runs for a day. Models are counted by the base that they were made from.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import get_args
+
 from weaver_rl.prometheus import PREFIX, Exported
+from weaver_rl.service.records import ENDED, OperationKind
 
 SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 180.0, 600.0)
 """From a request that only reads to the training of a large batch."""
@@ -15,7 +19,14 @@ MAX_SESSION_METRICS = 100
 """Names of clients' metrics that a server shows; more are counted and left out."""
 
 
-def _row(name: str, kind: str, labels: tuple[str, ...], meaning: str, unit: str = "1") -> Exported:
+def _row(
+    name: str,
+    kind: str,
+    labels: tuple[str, ...],
+    meaning: str,
+    unit: str = "1",
+    known: tuple[Mapping[str, str], ...] = (),
+) -> Exported:
     buckets = SECONDS if kind == "histogram" else ()
     return Exported(
         name=f"{PREFIX}_service_{name}",
@@ -24,6 +35,7 @@ def _row(name: str, kind: str, labels: tuple[str, ...], meaning: str, unit: str 
         meaning=meaning,
         unit=unit,
         buckets=buckets,
+        known=known,
     )
 
 
@@ -36,7 +48,14 @@ SERVICE_METRICS: tuple[Exported, ...] = (
         "time from a request to the end of its answer; polls are held until there is something to say",
         "s",
     ),
-    _row("operations_total", "counter", ("kind", "status"), "operations that ended, by how", "operations"),
+    _row(
+        "operations_total",
+        "counter",
+        ("kind", "status"),
+        "operations that ended, by how",
+        "operations",
+        known=tuple({"kind": kind, "status": status} for kind in get_args(OperationKind) for status in ENDED),
+    ),
     _row("operation_seconds", "histogram", ("kind",), "time from an operation's request to its end", "s"),
     _row("operations_in_flight", "gauge", ("kind",), "operations that have not ended", "operations"),
     _row(
@@ -63,5 +82,6 @@ SERVICE_METRICS: tuple[Exported, ...] = (
         (),
         "values of clients' metrics under further names, or that are no finite numbers; the store has them",
         "values",
+        known=({},),
     ),
 )
