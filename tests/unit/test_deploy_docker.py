@@ -155,6 +155,19 @@ def test_kuberay_finds_what_it_calls(target: str):
     assert "HEALTHCHECK" not in DOCKERFILE
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_the_launchers_autoscaler_finds_what_it_calls_in_the_heads_container(target: str):
+    installed = " ".join(text for stage in lineage(target) for text in stage.all_of("RUN")).split()
+    assert {"openssh-client", "rsync"} <= set(installed)
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert extras["aws"] == ["boto3"]
+    if target == "gpu":
+        (asked,) = re.findall(r'--editable "\.\[(.*?)\]"', "\n".join(commands(target)))
+        assert "aws" in asked.split(",")
+    else:  # all that is pinned is installed
+        assert re.search(r"^boto3==", (ROOT / "requirements" / "cpu.txt").read_text(), flags=re.MULTILINE)
+
+
 def commands(target: str) -> list[str]:
     """What `make`, as the Dockerfile calls it, would run."""
     (call,) = re.findall(r"make (venv packages-\w+ [^&\n]*)", "\n".join(STAGES[f"builder-{target}"].all_of("RUN")))

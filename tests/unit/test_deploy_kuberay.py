@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import re
@@ -25,6 +26,7 @@ from deploy_manifests import (
     documents,
     mistakes,
     node_resources,
+    object_store_bytes,
     one,
     pod_specs,
     quantity,
@@ -33,6 +35,12 @@ from deploy_manifests import (
 from http_fakes import FakeService
 from http_serving import face
 
+from weaver_rl.check.capacity import check_capacity
+from weaver_rl.check.finding import Finding
+from weaver_rl.check.given import Given
+from weaver_rl.check.policy_shape import shape_of
+from weaver_rl.check.resources import ClusterFacts, NodeFacts
+from weaver_rl.check.subject import RunUnderCheck
 from weaver_rl.config import RunConfig, load_config
 from weaver_rl.config_file import load_file
 from weaver_rl.errors import ResourcesError
@@ -219,10 +227,19 @@ def planned(config: RunConfig, gpus: float) -> Placement:
     return plan_placement(config.cluster, config.learner, config.sampler, cluster_gpus=gpus)
 
 
+def groups_of(spec: dict[str, Any], pods: Mapping[str, int]) -> list[dict[str, Any]]:
+    """The group of each pod, the head's first."""
+    workers = [group for group in spec["workerGroupSpecs"] for _ in range(pods[group["groupName"]])]
+    return [spec["headGroupSpec"], *workers]
+
+
 def nodes_of(spec: dict[str, Any], pods: Mapping[str, int]) -> list[dict[str, float]]:
-    head = node_resources(spec["headGroupSpec"])
-    workers = [node_resources(group) for group in spec["workerGroupSpecs"] for _ in range(pods[group["groupName"]])]
-    return [head, *workers]
+    return [node_resources(group) for group in groups_of(spec, pods)]
+
+
+def reward_bundles(config: RunConfig) -> list[dict[str, float]]:
+    """What its reward workers ask for."""
+    return [dict(config.reward_workers.resources)] * config.reward_workers.num_workers
 
 
 def all_together(nodes: list[dict[str, float]]) -> dict[str, float]:
@@ -245,9 +262,53 @@ def test_the_autoscaler_makes_for_the_run_the_pods_that_it_needs_and_no_others(r
     assert made == {"learners": 1, "samplers": 4, "rewards": 2}
     nodes = nodes_of(cluster["spec"], made)
     check_fits(placement, all_together(nodes), nodes)
-    assert_packs(placement.bundles, nodes)
+    assert_packs((*placement.bundles, *reward_bundles(run_config)), nodes)
     for group in cluster["spec"]["workerGroupSpecs"]:
         assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+
+
+@pytest.mark.parametrize("manifest", ["cluster.yaml", "train.yaml"])
+def test_reward_workers_come_to_pods_of_their_own_and_hold_no_others(run_config: RunConfig, manifest: str):
+    cluster = ray_cluster(manifest)
+    bundles = reward_bundles(run_config)
+    groups = groups_of(cluster["spec"], {"learners": 1, "samplers": 1, "rewards": 1})
+    assert bundles[0]
+    assert [group.get("groupName") for group in groups if bundles[0].keys() <= node_resources(group).keys()] == [
+        "rewards"
+    ]
+    assert nodes_made(cluster, bundles) == {"rewards": 2}  # there already, so that no run waits for them
+    assert nodes_made(cluster, bundles * 2) == {"rewards": 4}
+    (rewards,) = (group for group in cluster["spec"]["workerGroupSpecs"] if group["groupName"] == "rewards")
+    assert rewards["minReplicas"] == 2 < rewards["maxReplicas"]
+
+
+@pytest.mark.parametrize("manifest", ["cluster.yaml", "train.yaml"])
+def test_weights_of_this_size_fit_the_shared_memory_of_the_pods(run_config: RunConfig, manifest: str):
+    from transformers import Qwen2Config
+
+    groups = groups_of(ray_cluster(manifest)["spec"], {"learners": 1, "samplers": 4, "rewards": 2})
+    nodes = tuple(
+        NodeFacts(name=f"pod {index}", resources=node_resources(group), object_store_bytes=object_store_bytes(group))
+        for index, group in enumerate(groups)
+    )
+    facts = ClusterFacts(
+        address="head:6379", nodes=nodes, available=all_together([dict(node.resources) for node in nodes])
+    )
+    qwen_7b = Qwen2Config(
+        vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4,
+    )  # fmt: skip
+    shape = shape_of(qwen_7b)
+    assert round(shape.num_parameters / 1e9, 1) == 7.6
+    run = dataclasses.replace(
+        RunUnderCheck.of(run_config, cluster=lambda: facts), shape=Given("the model's sizes", lambda: shape)
+    )
+    found = {line.subject: line for line in check_capacity(run) if isinstance(line, Finding)}
+    assert {subject: found[subject].level for subject in ("placement", "reward workers", "object store")} == {
+        "placement": "pass",
+        "reward workers": "pass",
+        "object store": "pass",
+    }, found
 
 
 def test_no_gpu_pod_is_there_without_a_run():
@@ -288,7 +349,7 @@ def test_the_configurations_of_the_repository_fit_the_cluster_that_says_so():
     assert made == {"learners": 1, "samplers": 4, "rewards": 2}
     nodes = nodes_of(cluster["spec"], made)
     check_fits(placement, all_together(nodes), nodes)
-    assert_packs(placement.bundles, nodes)
+    assert_packs((*placement.bundles, *reward_bundles(config)), nodes)
     # What docs/clusters.md says of actors that do not name their kind of node.
     without = [{kind: bundle[kind] for kind in ("CPU", "GPU")} for bundle in placement.bundles]
     assert nodes_made(cluster, without) == {"learners": 2, "rewards": 2}
@@ -304,8 +365,6 @@ def test_an_added_sampler_is_one_more_pod_of_the_group_that_may_grow(run_config:
     bundle = placement.bundles[placement.sampler_bundles[0]]
     assert node_resources(groups["samplers"]) == bundle  # nothing of such a pod is left unused
     assert groups["samplers"]["maxReplicas"] > run_config.sampler.num_replicas
-    # Reward workers reserve nothing, which the autoscaler takes for idle.
-    assert groups["rewards"]["minReplicas"] == groups["rewards"]["maxReplicas"]
     transport = resolve_transport(run_config.weights.transport, on_gpu=True, colocated=placement.colocated)
     assert transport == "object_store"
     assert run_config.cluster.start_timeout_s >= 600

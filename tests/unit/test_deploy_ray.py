@@ -67,13 +67,14 @@ def test_the_launcher_fills_in_the_rest(prepared: dict[str, Any]):
     (kind,) = local["available_node_types"].values()
     assert kind["min_workers"] == kind["max_workers"] == len(local["provider"]["worker_ips"])
     assert local["head_node_type"] in local["available_node_types"]
-    assert prepared["aws"]["available_node_types"].keys() == {"head", "learners", "samplers"}
+    assert prepared["aws"]["available_node_types"].keys() == {"head", "learners", "samplers", "rewards"}
 
 
 def test_the_configuration_that_the_sizes_are_for_fits(prepared: dict[str, Any]):
     kinds = prepared["aws"]["available_node_types"]
     roles = ("learner", "sampler")
     given = [f"{role}.{key}" for role in roles for key in ("num_gpus=1", f"resources={{{role}: 1}}")]
+    given += ["reward_workers.resources={reward: 1}"]
     config = load_config(ROOT / "configs" / "gsm8k_8gpu.yaml", [*given, "cluster.autoscaling=true"])
     placement = plan_placement(config.cluster, config.learner, config.sampler, cluster_gpus=0.0)
     made = nodes_made(prepared["aws"], placement.bundles)
@@ -82,7 +83,26 @@ def test_the_configuration_that_the_sizes_are_for_fits(prepared: dict[str, Any])
     free = {kind: float(sum(node.get(kind, 0) for node in nodes)) for kind in ("CPU", "GPU", "learner", "sampler")}
     check_fits(placement, free, nodes)
     assert kinds["samplers"]["max_workers"] > config.sampler.num_replicas
-    assert prepared["aws"]["max_workers"] >= sum(kinds[name]["max_workers"] for name in ("learners", "samplers"))
+    workers = config.reward_workers
+    assert nodes_made(prepared["aws"], [workers.resources] * workers.num_workers) == {"rewards": 2}
+    kinds_of_workers = ("learners", "samplers", "rewards")
+    assert prepared["aws"]["max_workers"] >= sum(kinds[name]["max_workers"] for name in kinds_of_workers)
+
+
+def test_weights_of_that_size_fit_the_shared_memory_of_the_machines(prepared: dict[str, Any]):
+    # README's 7.6 billion parameters in float32; g6e.2xlarge has 64 GiB of memory, of which the system keeps a part.
+    version, gib = 4 * 7_615_616_512, 2**30
+    (shared,) = re.findall(r"--shm-size=(\d+)g", " ".join(prepared["aws"]["docker"]["run_options"]))
+    (share,) = re.findall(
+        r"MEMORY_PROPORTION=([\d.]+) ray start", " ".join(prepared["aws"]["worker_start_ray_commands"])
+    )
+    instances = {
+        name: kind["node_config"]["InstanceType"] for name, kind in prepared["aws"]["available_node_types"].items()
+    }
+    assert (instances["learners"], instances["samplers"]) == ("g6e.12xlarge", "g6e.2xlarge")
+    assert min(0.95 * int(shared) * gib, float(share) * 384 * gib) > 2 * version
+    assert min(0.95 * int(shared) * gib, float(share) * 61 * gib) > version
+    assert '"RAY_DEFAULT_OBJECT_STORE_MEMORY_PROPORTION"' in ray_file("_private", "ray_constants.py").read_text()
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)

@@ -62,6 +62,49 @@ def test_head_and_two_workers_run_a_configuration_and_end(start: Start):
     assert "3 node(s) joined" in job.said()
 
 
+NODES = ("n1", "n2", "n3")
+
+
+@pytest.mark.parametrize(
+    ("env", "status", "kept"),
+    [
+        ({}, 0, ()),
+        ({"STUB_TRAIN": "fails"}, 1, NODES),
+        ({"STUB_BROKEN": "n3", "WEAVER_RL_JOIN_S": "60"}, 1, NODES),
+        ({"STUB_LATE": "n3", "WEAVER_RL_JOIN_S": "1"}, 1, NODES),
+    ],
+)
+def test_nothing_of_ray_stays_on_any_node_and_its_logs_stay_where_a_run_failed(
+    start: Start, env: dict[str, str], status: int, kept: tuple[str, ...]
+):
+    job = start(nodes=3, **env)
+    assert job.ended() == status
+    (head,) = (call for call in job.calls() if call.startswith("ray on n1"))
+    assert "--temp-dir=/tmp/slurm-weaver-rl-4711 " in head
+    assert job.in_temp() == []
+    assert job.ray_logs() == {node: f"raylet of {node}\n" for node in kept}
+    assert (f"is in {job.folder}/ray-4711-logs" in job.said()) is bool(kept)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
+def test_nothing_of_ray_stays_on_any_node_of_a_stopped_job(start: Start, number: signal.Signals):
+    job = start(nodes=3, STUB_TRAIN="waits")
+    job.until_called("train runs")
+    assert job.in_temp() == ["n1", "n2", "n3"]
+    job.signal(number)
+    assert job.ended() == 130
+    assert job.in_temp() == []
+
+
+def test_a_node_that_is_lost_keeps_nothing_either(start: Start):
+    job = start(nodes=3, STUB_TRAIN="waits")
+    job.until_called("train runs")
+    subprocess.run(["kill", (job.nodes / "n2").read_text().strip()], check=True)
+    job.until(lambda: job.in_temp() == ["n1", "n3"])
+    job.signal(signal.SIGTERM)
+    assert job.ended() == 130
+
+
 def test_one_node_needs_no_step(start: Start):
     job = start(nodes=1)
     assert job.ended() == 0, job.said()
