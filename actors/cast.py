@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from actors.calls import answer
-from actors.cluster import Reservation
+from actors.cluster import Reservation, who_has
 from actors.identity import this_process
 from actors.learner import RayLearnerGroup
 from actors.learner_start import start_learner
@@ -82,7 +82,7 @@ class Cast:
         config = self._config
         self._samplers = SamplerFleet(
             self._sampler_factory,
-            self._spawner.names(),
+            self._placement.sampler_names,
             generate_timeout_s=config.rollout.timeout_s,
             watch_every_s=min(WATCH_EVERY_S, config.sampler.unresponsive_after_s),
             events=self.events,
@@ -199,6 +199,8 @@ class Cast:
         code = collect_code([config.task.name, *(spec.name for spec in config.rewards)], config.base_dir)
         return RayRewardFactory(
             lambda: spawn_reward_worker(self._actors, config.reward_workers, config.rewards, code, task),
+            resources=config.reward_workers.resources,
+            who_has=who_has,
             start_timeout_s=config.reward_workers.start_timeout_s + config.cluster.start_timeout_s,
             timeout_s=_score_timeout_s(config),
             unresponsive_after_s=config.reward_workers.unresponsive_after_s,
@@ -220,8 +222,8 @@ class Cast:
     async def _restart_learner(self) -> Sequence[Any]:
         self._meter.add("weaver_rl_actor_losses_total", 1, role="learner")
         await self._actors.kill_learner()
-        await self._reservation.placed_again(self._placement.learner_bundles)
-        spawn_learner(self._actors, self._config.learner, self._placement, self._reservation.group)
+        await self._reservation.placed_again()
+        spawn_learner(self._actors, self._config.learner, self._placement, self._reservation.learner)
         await self._start_learner()
         if self._transport != "object_store":
             await self._connect()

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import urllib.error
@@ -19,6 +20,7 @@ from typing import Any
 
 from weaver_rl.check.resources import ClusterFacts, NodeFacts
 from weaver_rl.check.run_space import existing_parent
+from weaver_rl.dashboard_access import asks_for_token, given_headers, is_dashboard
 from weaver_rl.errors import ResourcesError
 from weaver_rl.run_location import is_url
 
@@ -26,6 +28,10 @@ ASK_TIMEOUT_S = 60.0
 NODES_TIMEOUT_S = 30.0
 HTTP_TIMEOUT_S = 10.0
 FAILED_STATUS = 3
+_UNITS = {"": 1, "B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
+_AMOUNT = r"(-?[\d.]+(?:e[+-]\d+)?)([KMGT]iB|B|)"
+_USED = re.compile(rf"{_AMOUNT}/{_AMOUNT} (.+?)(?: \({_AMOUNT} used of {_AMOUNT} reserved in placement groups\))?")
+"""Ray's words for one kind of resource of one node."""
 
 
 def ask_cluster(address: str, *, run_dir: str, timeout_s: float = ASK_TIMEOUT_S) -> ClusterFacts:
@@ -37,7 +43,7 @@ def ask_cluster(address: str, *, run_dir: str, timeout_s: float = ASK_TIMEOUT_S)
     Raises:
         ResourcesError: nobody answers there, or not in time, or it is a cluster of another version.
     """
-    if address.startswith(("http://", "https://")):
+    if is_dashboard(address):
         return _ask_dashboard(address.rstrip("/"))
     command = [sys.executable, "-m", "actors.cluster_check", address, run_dir]
     try:
@@ -62,21 +68,48 @@ def _facts(content: Mapping[str, Any]) -> ClusterFacts:
 
 def _ask_dashboard(address: str) -> ClusterFacts:
     """By HTTP alone: what is installed on nodes cannot be asked so."""
-    version = _get(f"{address}/api/version")
-    nodes = _get(f"{address}/nodes?view=summary")["data"]["summary"]
-    alive = [node for node in nodes if node.get("raylet", {}).get("state") == "ALIVE"]
-    facts = tuple(_dashboard_node(node) for node in alive)
-    total: dict[str, float] = {}
-    for node in facts:
-        for kind, amount in node.resources.items():
-            total[kind] = total.get(kind, 0.0) + amount
-    return ClusterFacts(address=address, nodes=facts, available=total, versions={"ray": version["ray_version"]})
+    from ray.dashboard.utils import to_camel_case
+
+    version = _get(address, "/api/version")
+    content = _get(address, "/nodes?view=summary")["data"]
+    alive = [node for node in content["summary"] if node.get("raylet", {}).get("state") == "ALIVE"]
+    free = _free(content.get("nodeLogicalResources"), len(alive))
+    # It writes all keys in camel case, names of resources among them.
+    names = {to_camel_case(kind): kind for kind in free or ("object_store_memory",)}  # type: ignore[no-untyped-call]
+    return ClusterFacts(
+        address=address,
+        nodes=tuple(_dashboard_node(node, names) for node in alive),
+        available=free,
+        versions={"ray": version["ray_version"]},
+    )
 
 
-def _dashboard_node(node: Mapping[str, Any]) -> NodeFacts:
+def _free(used_by_node: Any, num_nodes: int) -> dict[str, float] | None:
+    """Of all nodes together, by kind; None where Ray does not say, or says it in other words."""
+    if not isinstance(used_by_node, Mapping) or len(used_by_node) != num_nodes:
+        return None
+    free: dict[str, float] = {}
+    for line in "\n".join(str(words) for words in used_by_node.values()).splitlines():
+        found = _USED.fullmatch(line)
+        if found is None:
+            return None
+        *both, kind, group_used, group_used_unit, reserved, reserved_unit = found.groups()
+        used, total = _amount(*both[:2]), _amount(*both[2:])
+        # Ray counts of a placement group only what is used of it; all of it is taken.
+        idle = _amount(reserved, reserved_unit) - _amount(group_used, group_used_unit)
+        free[kind] = round(free.get(kind, 0.0) + total - used - idle, 4)
+    return free
+
+
+def _amount(number: str | None, unit: str | None) -> float:
+    return float(number or 0) * _UNITS[unit or ""]
+
+
+def _dashboard_node(node: Mapping[str, Any], names: Mapping[str, str]) -> NodeFacts:
     raylet = node["raylet"]
     gpus = [gpu["memoryTotal"] for gpu in node.get("gpus") or () if gpu.get("memoryTotal")]
-    resources = {kind: float(amount) for kind, amount in raylet.get("resourcesTotal", {}).items()}
+    total = raylet.get("resourcesTotal", {})
+    resources = {names.get(kind, kind): float(amount) for kind, amount in total.items()}
     return NodeFacts(
         name=str(node.get("ip") or node.get("hostname")),
         resources=resources,
@@ -86,16 +119,23 @@ def _dashboard_node(node: Mapping[str, Any]) -> NodeFacts:
     )
 
 
-def _get(url: str) -> Any:
+def _get(address: str, path: str) -> Any:
     from ray._private.authentication.http_token_authentication import get_auth_headers_if_auth_enabled
+    from ray.exceptions import AuthenticationError
 
-    request = urllib.request.Request(url, headers=get_auth_headers_if_auth_enabled({}))
+    headers = given_headers() or {}
     try:
+        headers |= get_auth_headers_if_auth_enabled(headers)
+        request = urllib.request.Request(f"{address}{path}", headers=headers)
         with urllib.request.urlopen(request, timeout=HTTP_TIMEOUT_S) as answer:
             return json.load(answer)
-    except (OSError, ValueError, urllib.error.URLError) as error:
+    except AuthenticationError as error:
+        raise ResourcesError(asks_for_token(address, error.message)) from None
+    except (OSError, ValueError) as error:
+        if isinstance(error, urllib.error.HTTPError) and error.code in (401, 403):
+            raise ResourcesError(asks_for_token(address, str(error))) from None
         raise ResourcesError(
-            f"no Ray dashboard answers at {url} ({error}). Give the address of the head's dashboard, "
+            f"no Ray dashboard answers at {address}{path} ({error}). Give the address of the head's dashboard, "
             "http://HEAD:8265, or of the cluster itself, HOST:6379"
         ) from None
 

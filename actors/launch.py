@@ -18,7 +18,7 @@ from rich.console import Console
 
 from actors.calls import first_error
 from actors.cast import Cast
-from actors.cluster import cluster_gpus, connected, cpus_per_node, granted
+from actors.cluster import as_joined, cluster_gpus, connected, cpus_per_node, granted
 from actors.preparation import prepare
 from actors.ray_metrics import metered
 from actors.signals import StopSignals
@@ -156,7 +156,8 @@ def _report(claim: RunClaim) -> None:
 def _train_connected(
     config: RunConfig, claim: RunClaim, view: RunView, audience: _Audience, resume: bool, stop: StopSignals
 ) -> RunSummary:
-    placement = plan_placement(config.cluster, config.learner, config.sampler, cluster_gpus=cluster_gpus())
+    cluster = as_joined(config.cluster)
+    placement = plan_placement(cluster, config.learner, config.sampler, cluster_gpus=cluster_gpus())
     on_gpu = placement.learner_gpus > 0 and placement.sampler_gpus > 0
     transport = resolve_transport(config.weights.transport, on_gpu=on_gpu, colocated=placement.colocated)
     if transport == "object_store" and config.sampler.tensor_parallel > 1:
@@ -172,12 +173,12 @@ def _train_connected(
 
     with (
         StallWatch(waits, view, claim.folder, facts=facts) as watch,
-        granted(placement, config.cluster, view.note) as reservation,
+        granted(placement, cluster, view.note) as reservation,
     ):
         actors = Actors()
         try:
             # Their imports take long; they run while the model is prepared here.
-            spawn_learner(actors, config.learner, placement, reservation.group)
+            spawn_learner(actors, config.learner, placement, reservation.learner)
             spawner = SamplerSpawner(actors, config.sampler, placement, reservation, _sampler_threads(config))
             spawner.spawn_first()
             view.waiting("the model and the task")

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.status import Status
 
 from actors.calls import first_error
-from actors.cluster import cluster_gpus, connected, granted
+from actors.cluster import as_joined, cluster_gpus, connected, granted
 from actors.learner import RayLearnerGroup
 from actors.learner_start import start_learner
 from actors.preparation import Prepared, prepare
@@ -56,16 +56,17 @@ def replay(run_dir: Path, step: int, console: Console, address: str | None = Non
 
 def _replay_connected(plan: ReplayPlan, scratch: Path, stop: StopSignals, console: Console) -> list[StepReplay]:
     config = plan.config
-    whole = plan_placement(config.cluster, config.learner, config.sampler, cluster_gpus=cluster_gpus())
+    cluster = as_joined(config.cluster)
+    whole = plan_placement(cluster, config.learner, config.sampler, cluster_gpus=cluster_gpus())
     placement = whole.only_learner()
     with (
-        granted(placement, config.cluster, console.print) as reservation,
+        granted(placement, cluster, console.print) as reservation,
         console.status("preparing the model") as status,
     ):
         actors = Actors()
         try:
             # Its imports take long; they run while the model is prepared here.
-            spawn_learner(actors, config.learner, placement, reservation.group)
+            spawn_learner(actors, config.learner, placement, reservation.learner)
             model_dir = _initial_model(config, plan.run_dir, scratch)
             prepared = prepare(config.model_copy(update={"model": PretrainedModel(name=str(model_dir))}))
             return asyncio.run(_run(plan, actors, prepared, stop, status))

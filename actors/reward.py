@@ -6,7 +6,7 @@ It scores with the driver's code: on a node that lacks the users' files they com
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ from actors.calls import answer
 from actors.ending import end_actor
 from actors.identity import ActorFacts, Identity, this_process
 from actors.span_source import NodeSpans, drain_this_process
+from weaver_rl.custom_resources import in_words
+from weaver_rl.errors import ActorFailedError
 from weaver_rl.models.directories import make_once
 from weaver_rl.models.smollm2 import cache_dir
 from weaver_rl.rewards.config import RewardSpec, RewardWorkersConfig
@@ -128,13 +130,24 @@ class RayRewardFactory:
 
     Args:
         spawn: makes an actor.
+        resources: custom resources that it asks for.
+        who_has: says which nodes have those.
         start_timeout_s: how long it may take to be placed and to load the rewards.
     """
 
     def __init__(
-        self, spawn: Callable[[], Any], *, start_timeout_s: float, timeout_s: float, unresponsive_after_s: float
+        self,
+        spawn: Callable[[], Any],
+        *,
+        resources: Mapping[str, float],
+        who_has: Callable[[Mapping[str, float]], str],
+        start_timeout_s: float,
+        timeout_s: float,
+        unresponsive_after_s: float,
     ) -> None:
         self._spawn = spawn
+        self._resources = resources
+        self._who_has = who_has
         self._start_timeout_s = start_timeout_s
         self._timeout_s = timeout_s
         self._unresponsive_after_s = unresponsive_after_s
@@ -143,7 +156,7 @@ class RayRewardFactory:
     async def start(self, name: str) -> RayRewardWorker:
         actor = self._spawn()
         try:
-            await answer(actor.start.remote(), actor=name, doing="loading the rewards", timeout_s=self._start_timeout_s)
+            await self._loaded(actor, name)
             identity = await answer(
                 actor.identity.remote(), actor=name, doing="saying which process it is", timeout_s=self._timeout_s
             )
@@ -154,3 +167,14 @@ class RayRewardFactory:
             name, actor, identity, timeout_s=self._timeout_s, unresponsive_after_s=self._unresponsive_after_s
         )
         return self.replicas[name]
+
+    async def _loaded(self, actor: Any, name: str) -> None:
+        try:
+            await answer(actor.start.remote(), actor=name, doing="loading the rewards", timeout_s=self._start_timeout_s)
+        except ActorFailedError as error:
+            if error.__cause__ is not None or not self._resources:  # it was there, and says what went wrong
+                raise
+            # An actor that no node can hold only waits, in Ray's eyes.
+            there = await asyncio.to_thread(self._who_has, self._resources)
+            asked = f"It asks for {in_words(self._resources)} (reward_workers.resources)"
+            raise ActorFailedError(f"{error}. {asked}; {there}") from None

@@ -12,7 +12,7 @@ from collections.abc import AsyncIterator
 from rich.console import Console
 
 from actors.calls import first_error
-from actors.cluster import cluster_gpus, connected, cpus_per_node
+from actors.cluster import as_joined, cluster_gpus, connected, cpus_per_node
 from actors.engine_host import RaySamplers
 from actors.learners import RayLearners
 from actors.lineup import PreparedModel, prepare_lineup
@@ -106,6 +106,7 @@ async def _serve(
 async def _hosts(
     config: ServeConfig, prepared: dict[str, PreparedModel]
 ) -> AsyncIterator[tuple[RayLearners, RaySamplers]]:
+    config = config.model_copy(update={"cluster": as_joined(config.cluster)})
     gpus = cluster_gpus()
     learners = RayLearners(config, prepared, cluster_gpus=gpus)
     samplers = RaySamplers(config, prepared, cluster_gpus=gpus, num_threads=cpus_per_node())

@@ -51,7 +51,7 @@ class Actors:
 
 
 class SamplerSpawner:
-    """Makes sampler actors: the first in the bundles of the run's placement, more of them in bundles of their own.
+    """Makes sampler actors, each in a bundle of its own, or in that of the learner where both share a GPU.
 
     Args:
         num_threads: OpenMP threads of a CPU engine.
@@ -72,27 +72,17 @@ class SamplerSpawner:
         self._reservation = reservation
         self._num_threads = num_threads
 
-    def names(self) -> list[str]:
-        """The samplers that the run begins with: `sampler 0`, `sampler 1`, …"""
-        return [f"sampler {index}" for index in range(len(self._placement.sampler_bundles))]
-
     def spawn_first(self) -> None:
-        """All of them; their room is granted already."""
-        for name, bundle in zip(self.names(), self._placement.sampler_bundles, strict=True):
-            self._make(name, self._reservation.group, bundle)
+        """All that the run begins with; their room is granted already."""
+        for name in self._placement.sampler_names:
+            self._make(name, self._reservation.granted_to(name))
 
     async def spawn(self, name: str) -> Any:
         """One in place of a lost one, or one more. Raises ResourcesError when there is no room for it."""
-        names = self.names()
-        if name in names:
-            bundle = self._placement.sampler_bundles[names.index(name)]
-            await self._reservation.placed_again((bundle,))
-            return self._make(name, self._reservation.group, bundle)
-        group = await self._reservation.one_more(name, self._placement.bundles[self._placement.sampler_bundles[0]])
-        return self._make(name, group, 0)
+        return self._make(name, await self._reservation.room_for(name))
 
-    def _make(self, name: str, group: PlacementGroup, bundle: int) -> Any:
-        self._actors.samplers[name] = spawn_sampler(self._config, self._placement, group, bundle, self._num_threads)
+    def _make(self, name: str, group: PlacementGroup) -> Any:
+        self._actors.samplers[name] = spawn_sampler(self._config, self._placement, group, 0, self._num_threads)
         return self._actors.samplers[name]
 
 
@@ -128,8 +118,8 @@ def spawn_reward_worker(
     code: UserCode,
     task: TaskConfig | None,
 ) -> Any:
-    """One reward worker, on whichever node has fewest; it reserves no CPU, scoring is short."""
-    remote = ray.remote(RewardActor).options(num_cpus=0, scheduling_strategy="SPREAD")
+    """One reward worker, on any node that has its custom resources. It reserves no CPU: it mostly waits."""
+    remote = ray.remote(RewardActor).options(num_cpus=0, resources=dict(config.resources), scheduling_strategy="SPREAD")
     worker = remote.remote(tuple(specs), config, code, task)
     actors.reward_workers.append(worker)
     return worker

@@ -70,5 +70,5 @@ def train_steps(run_dir: Path) -> list[dict[str, Any]]:
         # The last line may be half written.
         lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
         steps = [json.loads(line) for line in lines if line.endswith("\n")]
-        return [step for step in steps if step["phase"] == "train"]
+        return [step for step in steps if step["phase"] == "train" and step["step"] > 0]
     return []

@@ -188,7 +188,7 @@ class Controller:
             if self._synced != self._state.step:
                 await self._sync_weights()
             if self._state.step == 0:
-                await self._evaluate()
+                self._metrics.write(0, "train", await self._evaluate())
                 await self._write_records()
             while self._state.step < self._last_step:
                 await self._train_step()
@@ -414,7 +414,7 @@ class Controller:
         )
         await self._journal.flush()
         self._checkpoints.truncate_after(state.step)
-        self._metrics.truncate_after(state.step)
+        self._metrics.truncate_after(state.step or -1)  # at its beginning a run is evaluated again
         truncate_after(self._folder.path, state.step)
         record(REWOUND, now(), now(), track="steps", step=state.step)
 

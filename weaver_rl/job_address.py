@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from urllib.parse import urlsplit
 
+from weaver_rl.dashboard_access import is_dashboard
 from weaver_rl.errors import ConfigError
 from weaver_rl.local_clusters import LocalCluster
-from weaver_rl.run_location import ADDRESS_PASSWORD_REFUSED, has_password
+from weaver_rl.run_location import ADDRESS_PASSWORD_REFUSED, address_has_password
 
 VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_DASHBOARD_ADDRESS")
 DASHBOARD_PORT = 8265
@@ -30,7 +31,7 @@ def job_server_address(given: str | None, environment: Mapping[str, str], cluste
         if environment.get(name):
             return _checked(environment[name], name)
     ray_address = environment.get("RAY_ADDRESS", "")
-    if ray_address.startswith(("http://", "https://")):
+    if is_dashboard(ray_address):
         return _checked(ray_address, "RAY_ADDRESS")
     ready = [cluster for cluster in clusters if cluster.ready]
     same = [cluster for cluster in ready if ray_address in ("", cluster.address)]
@@ -44,7 +45,7 @@ def job_server_address(given: str | None, environment: Mapping[str, str], cluste
 
 
 def _checked(address: str, where: str) -> str:
-    if has_password(address):
+    if address_has_password(address):
         raise ConfigError(f"{where}: {ADDRESS_PASSWORD_REFUSED}")
     url = address if "://" in address else f"http://{address}"
     try:

@@ -128,14 +128,20 @@ def deterministic_part(values: Mapping[str, float]) -> dict[str, float]:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MetricsLine:
-    """One line of metrics.jsonl: one step of the run."""
+    """One line of metrics.jsonl: one step of the run, or what was measured before the first."""
 
     step: int
-    """Counts on over the phases: the first step of `train` follows the last of `warm_start`."""
+    """Counts on over the phases: the first step of `train` follows the last of `warm_start`. 0, in a run without a warm
+    start: the evaluation of the policy that it begins with."""
     phase: Phase
     time_s: float
     """Seconds since the start of the run; time between an interruption and its resume does not count."""
     values: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def is_training(self) -> bool:
+        """Whether it is of a step of reinforcement learning; step 0 trained nothing."""
+        return self.phase == "train" and self.step > 0
 
     def to_json(self) -> str:
         head = {"step": self.step, "phase": self.phase, "time_s": round(self.time_s, 3)}
@@ -186,7 +192,10 @@ class MetricsWriter:
             sink.write(step, plain)
 
     def truncate_after(self, step: int) -> None:
-        """Forgets every step after `step`, so that the file has each step once when a run goes on from there."""
+        """Forgets every step after `step`, so that the file has each step once when a run goes on from there.
+
+        -1: step 0 as well.
+        """
         self._file.close()
         self._file = self._open(up_to=step)
         for sink in self._sinks:
@@ -216,8 +225,10 @@ class MetricsWriter:
                 raise WeaverRLError(f"metric {name} is {value} in step {step} ({phase}); it must be finite")
 
     def close(self) -> None:
-        self._file.close()
-        self._tensorboard.close()
+        try:
+            self._file.close()
+        finally:
+            self._tensorboard.close()
 
     def __enter__(self) -> Self:
         return self

@@ -28,7 +28,8 @@ Every figure that weaver-rl shows, by name. Made from the tables in the code by
 | `ledger.jsonl` in the run folder | seconds by actor, step and state | always |
 | Prometheus | the newest step, what is counted meanwhile, the server | on Ray clusters that others started, see below |
 
-A metric that a step does not have is left out; none is ever 0 or NaN in the place of *missing*.
+A metric that a step does not have is left out; none is ever 0 or NaN in the place of *missing*. A run without a warm
+start begins with step 0, which has `eval/…` alone: the evaluation of the policy before it is trained.
 """
 
 PROMETHEUS = """\
@@ -49,11 +50,15 @@ cluster); of shorter steps some are seen, metrics.jsonl has them all. In a clust
 itself nobody scrapes, and nothing is exported.
 
 - Gauges of a run (`run` is its `name`) show the newest step. What that step does not have disappears; `eval/…` stands
-  until the next evaluation.
+  until the next evaluation. What was measured at a step that the run went back behind disappears, too.
 - When a run or server ends it takes its gauges away. If it is killed Ray drops them after two reports that it missed.
-- Counters begin at 0 with each process. Ray goes on showing the last value of a process that ended until the node's
-  Ray ends, as a flat line: look at `rate` or `increase` of counters, never at their value. Each process has a
-  `WorkerId` of its own, so a resumed run is another series: `sum by (run) (rate(…))`.
+- Counters of events (losses, restarts, groups given to others, operations of a server by how they end, values left out)
+  begin at 0 with each process, so that `rate` and `increase` see a single event once the 0 was scraped. Other counters
+  appear with the first that is counted, which these two do not see; a rare one, such as requests with status 500, is
+  seen by `sum by (…) ((X - X offset 5m) or X)`: the events of five minutes.
+- Ray goes on showing the last counters of a process that ended until the node's Ray ends, as flat lines: look at how
+  counters change, never at their value. Each process has a `WorkerId` of its own, so a resumed run is another series:
+  `sum by (run) (rate(…))`.
 - No label grows with steps, prompts, requests, sessions or models. Ray adds `Component`, `NodeAddress`, `SessionName`,
   `Version`, `WorkerId` and three about its exporter.
 - A driver hands its figures to Ray on its own node, which is to be one of the cluster: not through `ray://`.
@@ -73,15 +78,22 @@ tracking:
 one, the run does not start. [configuration.md](configuration.md) has every key.
 
 - Names and step numbers are those of metrics.jsonl. MLflow takes few signs: others in a reward's label become `_`.
-- Both run in threads of their own. While a service does not answer there is one warning, and the run goes on; when it
-  answers again it gets everything, in order. The end of a run waits `tracking.end_timeout_s` for what is left.
+- Both run in threads of their own. When a service does not answer there is one warning, and the run goes on; when it
+  answers again it gets everything, in order. The end of a run waits `tracking.end_timeout_s` for what is left, and a
+  warning says when that was too short.
+- W&B is waited for at the start alone. After it W&B's own process takes every step at once, and tries in silence for
+  as long as the network is gone: only the warning at the end tells of such an outage. Steps count as taken once a run
+  ended with everything sent; a resumed run sends the others, except those that W&B says it has.
 - `--resume` goes on with the same run of the service (its identifier is in `tracking/` of the run folder), and first
   sends what metrics.jsonl has and the service lacks. Offline, W&B leaves a directory for each process, all of one run
   id; `wandb sync RUN/tracking/wandb/offline-run-*` sends them in order as one run.
 - When a run goes back to a checkpoint, steps that were sent are not sent again: these services take steps in order
-  only. They keep the first values, metrics.jsonl has the ones that count.
+  only. They keep the first values, metrics.jsonl has the ones that count. Steps that still wait are forgotten, and sent
+  as they come again.
 - The end is W&B's exit code, with `state` and `reason` in its summary; in MLflow FINISHED, FAILED or KILLED, and the
   tag `reason`.
+- `tracking_uri` takes no password: set MLFLOW_TRACKING_URI for a database that wants one, and for a server
+  MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD.
 - MLflow's file store is closed for new data by MLflow itself; use a server or SQLite. Neither package is let report to
   its makers when nothing is to be sent (W&B offline; MLflow always, unless MLFLOW_DISABLE_TELEMETRY says otherwise).
 """

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 from weaver_rl.engines.config import SamplerConfig
 from weaver_rl.errors import ResourcesError
 from weaver_rl.learner.config import LearnerConfig
-from weaver_rl.run_location import ADDRESS_PASSWORD_REFUSED, has_password
+from weaver_rl.run_location import ADDRESS_PASSWORD_REFUSED, address_has_password
 from weaver_rl.section import Section
 
 EPSILON = 1e-6
@@ -36,9 +36,13 @@ class ClusterConfig(Section):
     @field_validator("address")
     @classmethod
     def _no_password(cls, address: str | None) -> str | None:
-        if address is not None and has_password(address):
+        if address is not None and address_has_password(address):
             raise ValueError(ADDRESS_PASSWORD_REFUSED)
         return address
+
+    def without_autoscaling(self) -> ClusterConfig:
+        """For a cluster that makes no nodes, whatever the file says that is for others too."""
+        return self.model_copy(update={"autoscaling": False})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +60,11 @@ class Placement:
     """GPUs of one learner rank."""
     colocated: bool = False
     """Learner and sampler share their GPU."""
+
+    @property
+    def sampler_names(self) -> tuple[str, ...]:
+        """The samplers that the run begins with, in the order of their bundles: `sampler 0`, `sampler 1`, …"""
+        return tuple(f"sampler {index}" for index in range(len(self.sampler_bundles)))
 
     def only_learner(self) -> Placement:
         """The learner ranks alone."""
@@ -180,15 +189,21 @@ def asked_and_available(placement: Placement, available: Mapping[str, float]) ->
 
 
 def _unplaceable(placement: Placement, nodes: list[Mapping[str, float]]) -> list[dict[str, float]]:
-    return [bundle for bundle in placement.bundles if not any(_fits(bundle, node) for node in nodes)]
+    return [bundle for bundle in placement.bundles if not any(fits_node(bundle, node) for node in nodes)]
 
 
-def _fits(bundle: Mapping[str, float], node: Mapping[str, float]) -> bool:
+def fits_node(bundle: Mapping[str, float], node: Mapping[str, float]) -> bool:
     return all(node.get(kind, 0.0) + EPSILON >= amount for kind, amount in bundle.items())
 
 
 def _bundle_note(bundle: Mapping[str, float], nodes: list[Mapping[str, float]]) -> str:
-    largest = {kind: max((node.get(kind, 0.0) for node in nodes), default=0.0) for kind in bundle}
+    """Beside the node that comes closest: the most of the kinds, then the most of what it has too little of."""
+
+    def closeness(node: Mapping[str, float]) -> tuple[int, float]:
+        shares = [min(1.0, node.get(kind, 0.0) / amount) for kind, amount in bundle.items()]
+        return sum(share == 1.0 for share in shares), sum(shares)
+
+    closest = max(nodes, key=closeness, default={})
     wanted = ", ".join(f"{kind} {amount:g}" for kind, amount in bundle.items())
-    has = ", ".join(f"{kind} {amount:g}" for kind, amount in largest.items())
-    return f" One actor needs {wanted} on one node; the largest node has {has}."
+    has = ", ".join(f"{kind} {closest.get(kind, 0.0):g}" for kind in bundle)
+    return f" One actor needs {wanted} on one node; the closest node has {has}."

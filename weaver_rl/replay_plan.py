@@ -119,9 +119,9 @@ def _read_config(folder: RunFolder) -> RunConfig:
 
 
 def _require_trained(run_dir: Path, lines: Mapping[int, MetricsLine], step: int) -> None:
-    trained = [number for number, line in lines.items() if line.phase == "train"]
+    trained = [number for number, line in lines.items() if line.is_training]
     there_is = f"steps with rollouts that were trained: {_spans(trained)}"
-    if step not in lines:
+    if step == 0 or step not in lines:
         raise UserError(f"{run_dir} has no trained step {step}; {there_is}")
     if lines[step].phase == "warm_start":
         raise UserError(f"step {step} of {run_dir} belongs to the warm start, which has no rollouts; {there_is}")

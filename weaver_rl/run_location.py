@@ -14,7 +14,7 @@ from typing import Annotated, Any
 from pydantic import PlainValidator
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::|://)")
-_PASSWORD = re.compile(r"://[^/]*:[^/]*@")
+_PASSWORD = re.compile(r"://[^@/\s]*:[^@\s]*@")
 
 
 def is_url(text: str) -> bool:
@@ -25,6 +25,11 @@ def is_url(text: str) -> bool:
 def has_password(url: str) -> bool:
     """Whether there is one in it, which every log and the run folder itself would show."""
     return _PASSWORD.search(url) is not None
+
+
+def address_has_password(address: str) -> bool:
+    """The same for `http://HOST:PORT` and for `HOST:PORT`."""
+    return has_password(address if "://" in address else f"ray://{address}")
 
 
 PASSWORD_REFUSED = (

@@ -13,7 +13,7 @@ from weaver_rl.prometheus import place_of
 
 LOOK_EVERY_S = 5.0
 HELD = "eval/"
-"""Metrics that are measured now and then; they stand until the next time."""
+"""Metrics that are measured now and then; they stand until the next time, which takes what it lacks away."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,27 +31,32 @@ class FleetFigures:
 
 
 class RunMeter:
-    """A `MetricsSink` that shows the newest step. What a step lacks disappears: missing is not the last value."""
+    """A `MetricsSink` that shows the newest step. What a step lacks disappears: missing is not the last value.
+
+    So does what was measured at a step that the run went back behind.
+    """
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter
-        self._shown: set[str] = set()
+        self._shown: dict[str, int] = {}
+        """The step at which each metric that is shown was measured."""
         self._look: Callable[[], FleetFigures] | None = None
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """See `MetricsSink`."""
-        for name in self._shown - values.keys():
-            self._set(name, math.nan)
+        is_evaluated = any(name.startswith(HELD) for name in values)
+        self._forget([name for name in self._shown.keys() - values if is_evaluated or not name.startswith(HELD)])
         for name, value in values.items():
             self._set(name, value)
-        self._shown = {name for name in values if not name.startswith(HELD)}
+        self._shown |= dict.fromkeys(values, step)
         self._meter.set("weaver_rl_step", step)
         if self._look is not None:
             self._show(self._look())
 
     def rewound(self, step: int) -> None:
         """See `MetricsSink`."""
-        self._meter.set("weaver_rl_step", step)
+        self._forget([name for name, measured_at in self._shown.items() if measured_at > step])
+        self._meter.set("weaver_rl_step", max(step, 0))
 
     def add_rows(self, rows: Iterable[LedgerRow]) -> None:
         """Of one step: where the time of every actor went."""
@@ -73,6 +78,11 @@ class RunMeter:
         self._meter.set("weaver_rl_samplers_serving", figures.num_serving)
         self._meter.set("weaver_rl_samplers_starting", figures.num_starting)
         self._meter.set("weaver_rl_groups_sampling", figures.num_groups)
+
+    def _forget(self, names: Iterable[str]) -> None:
+        for name in names:
+            self._set(name, math.nan)
+            del self._shown[name]
 
     def _set(self, name: str, value: float) -> None:
         exported, labels = place_of(name)

@@ -53,6 +53,7 @@ class _Member:
 
     name: str
     replica: SamplerReplica | None = None
+    starting: asyncio.Task[SamplerReplica] | None = None
     serving: bool = False
     leaving: bool = False
     owed: dict[str, _Wave] = field(default_factory=dict)
@@ -187,9 +188,9 @@ class SamplerFleet:
             self._spawn(self._keep_up(member))
 
     def scale(self, num_samplers: int) -> None:
-        """Adds samplers, or lets the youngest leave after they finished what they have."""
+        """Adds samplers, or lets the youngest leave: at once while they start, else after what they have to finish."""
         staying = [member for member in self._members.values() if not member.leaving]
-        # The lowest names that are free: those of the beginning have a place of their own to come back to.
+        # The lowest names that are free.
         names = (f"sampler {index}" for index in itertools.count())
         free = (name for name in names if name not in self._members)
         for _ in range(num_samplers - len(staying)):
@@ -199,6 +200,8 @@ class SamplerFleet:
         for member in staying[num_samplers:]:
             member.leaving = True
             member.changed.set()
+            if member.starting is not None:  # it may wait for a node for half an hour, and nobody wants that any more
+                member.starting.cancel()
 
     async def close(self) -> None:
         """Ends every sampler and every task."""
@@ -244,7 +247,15 @@ class SamplerFleet:
         """Starts a sampler and returns when it was lost or has left; raises when it never came to serve."""
         why = f", the last was lost: {member.lost}" if member.lost else ""
         with current_waits().waiting(member.name, f"starts its engine{why}", about=lambda: self._unassigned):
-            member.replica = await self._factory.start(member.name)
+            member.starting = asyncio.create_task(self._factory.start(member.name))
+            try:
+                member.replica = await member.starting
+            except asyncio.CancelledError:
+                if member.leaving and not self._closing:
+                    return
+                raise
+            finally:
+                member.starting = None
             self._open.add(member.replica)
         member.lost, member.has_no_room = None, False
         member.changed.clear()

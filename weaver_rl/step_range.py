@@ -24,6 +24,14 @@ class StepRange:
     def __str__(self) -> str:
         return f"{'' if self.first is None else self.first}:{'' if self.last is None else self.last}"
 
+    def in_words(self) -> str:
+        """`steps 400 to 450`, `steps from 400 on`, `steps up to 450`, `step 400`, or `all steps`."""
+        if self.first is None:
+            return "all steps" if self.last is None else f"steps up to {self.last}"
+        if self.last is None:
+            return f"steps from {self.first} on"
+        return f"step {self.first}" if self.first == self.last else f"steps {self.first} to {self.last}"
+
     @staticmethod
     def parse(text: str) -> StepRange:
         """`A:B`, `A:`, `:B` or one step `A`. Raises UserError for anything else."""

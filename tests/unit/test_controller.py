@@ -14,7 +14,7 @@ from fakes import Calls, FakeLearner, FakeLongPrompts, FakePrompts, FakeRewards,
 from weaver_rl.checkpoints import Checkpoints
 from weaver_rl.config import RunConfig
 from weaver_rl.controller import Controller, Crew, RunSummary
-from weaver_rl.errors import CheckpointError, LogprobGapError, MissingRewardsError, WeightSyncError
+from weaver_rl.errors import CheckpointError, LearnerLostError, LogprobGapError, MissingRewardsError, WeightSyncError
 from weaver_rl.journal import Journal
 from weaver_rl.ledger import CONTROLLER, REWOUND
 from weaver_rl.ledger_keeper import LedgerKeeper
@@ -22,7 +22,7 @@ from weaver_rl.metrics import METRICS, MetricsWriter, deterministic_part, find_m
 from weaver_rl.rollout_files import read_rollouts, recorded_steps, write_rollouts
 from weaver_rl.run_folder import RunFolder
 from weaver_rl.spans import SpanBuffer, buffering, drain
-from weaver_rl.types import Rollout
+from weaver_rl.types import AdamParams, OptimStepOutput, Rollout
 from weaver_rl.weights.probe import probe_token_ids
 from weaver_rl.weights.sync import WeightSync
 
@@ -242,6 +242,48 @@ def test_without_a_warm_start_version_0_is_synced_and_evaluated_first(tmp_path: 
     assert recorded_steps(tmp_path) == [0, 1]
     assert summary.accuracy_before is not None
     assert summary.accuracy_after is not None
+    before, trained = run.metrics()
+    assert before[:2] == (0, "train")
+    assert before[2].keys() == {name for name in trained[2] if name.startswith("eval/")}
+    assert before[2]["eval/accuracy"] == summary.accuracy_before
+
+
+@pytest.mark.parametrize("interrupted_at", [1, 3])
+def test_a_resume_keeps_the_evaluation_before_training(tmp_path: Path, interrupted_at: int):
+    config = make_config(warm_start=None)
+    for name in ("whole", "resumed"):
+        (tmp_path / name).mkdir()
+    whole = Run(tmp_path / "whole", config)
+    whole.go()
+    before = Run(tmp_path / "resumed", config)
+    before.learner.fail_at_step = interrupted_at
+    with pytest.raises(BaseException):  # noqa: B017, PT011
+        before.go()
+    after = Run(tmp_path / "resumed", config)
+    after.go(resume=True)
+    assert after.metrics() == whole.metrics()
+    assert [step for step, _, _ in after.metrics()] == [0, 1, 2, 3, 4]
+
+
+def test_a_learner_lost_before_the_first_checkpoint_is_evaluated_again_and_recorded_once(tmp_path: Path):
+    config = make_config(warm_start=None, checkpoint={"every": 0})
+    for name in ("whole", "lost"):
+        (tmp_path / name).mkdir()
+    whole = Run(tmp_path / "whole", config)
+    whole.go()
+    run = Run(tmp_path / "lost", config)
+    optim_step, lost = run.learner.optim_step, [LearnerLostError("rank 0 died")]
+
+    async def lose_once(params: AdamParams) -> OptimStepOutput:
+        if lost and run.learner.steps == 1:
+            raise lost.pop()
+        return await optim_step(params)
+
+    run.learner.optim_step = lose_once
+    run.go()
+    assert run.names().count("restart") == 1
+    assert run.metrics() == whole.metrics()
+    assert [step for step, _, _ in run.metrics()] == [0, 1, 2, 3, 4]
 
 
 def test_a_warm_start_alone_is_a_run(tmp_path: Path):

@@ -16,13 +16,16 @@ from rich.console import Console
 from weaver_rl import cli
 from weaver_rl.advantages import Grpo
 from weaver_rl.errors import UserError
+from weaver_rl.inspection.as_json import rollout_json
 from weaver_rl.inspection.explanation import Explanation, explain
 from weaver_rl.inspection.recorded_step import RecordedStep, step_of_rollout
 from weaver_rl.inspection.rollout_view import print_rollout
 from weaver_rl.inspection.step_figures import step_figures
 from weaver_rl.inspection.step_view import print_step
 from weaver_rl.inspection.terminal_text import clipped, plain
+from weaver_rl.metrics import MetricsWriter
 from weaver_rl.rollout_files import read_rollouts, write_rollouts
+from weaver_rl.run_folder import RunFolder
 from weaver_rl.token_texts import TokenReader, as_ids, find_tokenizer
 
 pytestmark = pytest.mark.unit
@@ -115,8 +118,41 @@ def test_what_cannot_be_computed_again_is_said(tmp_path):
     one = next(one for one in recorded(tmp_path, correction={"name": "tis"}) if one.record.advantage)
     blind = tampered(tmp_path, one.record.scored.rollout.rollout_id, learner_logprobs_L=None)
     assert "log-probabilities were not recorded" in blind.notes[0]
-    assert not blind.equal
-    assert "only one side has them" in printed(blind)
+    assert blind.equal is None
+    assert blind.reward.equal
+    assert blind.advantage.equal
+    shown = printed(blind)
+    assert "Not computed again: importance weights." in shown
+    assert "Different" not in shown
+    assert "bit for bit" not in shown
+
+
+def test_rewards_of_another_configuration_are_not_computed_again(tmp_path):
+    one = next(one for one in recorded(tmp_path) if one.record.advantage)
+    config = run_config(rewards=[{"name": "task"}, {"name": "length_penalty"}, {"name": "task", "label": "again"}])
+    RunFolder(tmp_path).config_json.write_text(config.model_dump_json())
+    rollout_id = one.record.scored.rollout.rollout_id
+    other = explain(RecordedStep.read(tmp_path, 2), rollout_id)
+    assert "rewards of the configuration are not the recorded ones" in other.notes[0]
+    assert (other.reward.stored, other.reward.again) == (one.reward.stored, None)
+    assert other.equal is None
+    shown = printed(other)
+    assert f"stored {one.reward.stored:.4g}, not computed again" in shown
+    assert "Not computed again: reward." in shown
+    wrong = tampered(tmp_path, rollout_id, advantage=one.record.advantage + 0.5)
+    assert wrong.equal is False
+    assert "Different from what is stored: advantage. Not computed again: reward." in printed(wrong)
+
+
+def test_what_is_stored_and_comes_out_as_nothing_is_a_difference(tmp_path):
+    dropped = next(one for one in recorded(tmp_path) if one.record.dropped is not None)
+    rollout_id = dropped.record.scored.rollout.rollout_id
+    weights = np.ones(len(dropped.tokens), np.float32)
+    wrong = tampered(tmp_path, rollout_id, advantage=0.5, importance_weights_L=weights)
+    assert wrong.equal is False
+    shown = printed(wrong)
+    assert "advantage = –  stored 0.5" in shown
+    assert "Different from what is stored: advantage, importance weights (only one side has them)." in shown
 
 
 def test_an_unknown_baseline_is_said_and_nothing_is_made_of_it(tmp_path):
@@ -126,7 +162,16 @@ def test_an_unknown_baseline_is_said_and_nothing_is_made_of_it(tmp_path):
     blind = explain(RecordedStep.read(tmp_path, 3), one.record.scored.rollout.rollout_id)
     assert "baseline is not known" in blind.notes[0]
     assert blind.advantage.again is None
-    assert f"stored {blind.record.advantage:.4g}, not computed again" in printed(blind)
+    assert blind.equal is None
+    shown = printed(blind)
+    assert f"stored {blind.record.advantage:.4g}, not computed again" in shown
+    assert "Not computed again: advantage, importance weights." in shown
+    assert "Different" not in shown
+    as_json = json.loads(rollout_json(blind, None))
+    assert as_json["equal"] is None
+    assert as_json["reward"]["equal"] is True
+    assert as_json["advantage"] == {"stored": blind.record.advantage, "again": None, "equal": None}
+    assert as_json["tokens"][0]["weight"]["equal"] is None
 
 
 def printed(found: Explanation, tokens=None) -> str:
@@ -171,6 +216,17 @@ def test_a_step_without_rollouts_is_shown_and_an_unknown_one_refused(tmp_path):
         RecordedStep.read(tmp_path, 9)
     with pytest.raises(UserError, match="none was recorded"):
         step_of_rollout(tmp_path, "00000001-000")
+
+
+def test_the_evaluation_before_training_is_shown(tmp_path):
+    folder = make_run(tmp_path)
+    with MetricsWriter(folder) as metrics:
+        metrics.write(0, "train", {"eval/accuracy": 0.25, "eval/num_prompts": 1})
+    step = RecordedStep.read(tmp_path, 0)
+    out = io.StringIO()
+    print_step(Console(file=out, width=140), step_figures(step))
+    assert "step 0  train · 0 groups, 0 rollouts, 0 held out" in out.getvalue()
+    assert "accuracy 0.25" in out.getvalue()
 
 
 def test_a_rollout_is_found_wherever_it_was_trained(tmp_path):

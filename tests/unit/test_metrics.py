@@ -1,5 +1,6 @@
 """metrics.jsonl and the TensorBoard events: each step once, nothing unknown, nothing that is no number."""
 
+import errno
 import json
 import subprocess
 import sys
@@ -105,6 +106,65 @@ def test_tensorboard_forgets_what_came_after_the_resumed_step(folder):
         writer.truncate_after(1)
         writer.write(2, "train", {"loss": 20.0})
     assert scalars(folder, "loss") == [(1, 1.0), (2, 20.0)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_that_cannot_write_warns_once_and_begins_another_file(folder, caplog):
+    with MetricsWriter(folder) as writer:
+        (events,) = folder.tensorboard.iterdir()
+        events.unlink()
+        events.mkdir()
+        writer.write(1, "train", {"loss": 1.0})
+        writer._tensorboard._events._async_writer._worker.join(10)
+        writer.write(2, "train", {"loss": 2.0})
+        writer.truncate_after(1)
+        events.rmdir()
+        for step in (2, 3):
+            writer.write(step, "train", {"loss": float(10 * step)})
+    assert [record.message.partition(" in ")[0] for record in caplog.records] == ["TensorBoard's events"]
+    assert [line.step for line in read_metrics(folder.metrics_file)] == [1, 2, 3]
+    assert scalars(folder, "loss") == [(2, 20.0), (3, 30.0)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_that_cannot_be_begun_again_or_closed_ends_no_run(folder, monkeypatch):
+    with MetricsWriter(folder) as writer:
+        tensorboard = writer._tensorboard
+        (events,) = folder.tensorboard.iterdir()
+        events.unlink()
+        events.mkdir()
+        tensorboard.write(1, {"loss": 1.0})
+        tensorboard._events._async_writer._worker.join(10)
+        events.rmdir()
+        folder.tensorboard.rmdir()
+        folder.tensorboard.write_text("in the way")
+        for step in (1, 2):
+            writer.write(step, "train", {"loss": 1.0})
+        folder.tensorboard.unlink()
+        writer.write(3, "train", {"loss": 1.0})
+        monkeypatch.setattr(tensorboard._events, "close", FullDisk().close)
+
+
+def test_a_file_that_cannot_be_closed_is_said_and_tensorboard_is_closed(folder):
+    writer = MetricsWriter(folder)
+    writer.write(1, "train", {"loss": 1.0})
+    writer._file.close()
+    writer._file = FullDisk()
+    with pytest.raises(OSError, match="No space left"):
+        writer.write(2, "train", {"loss": 1.0})
+    with pytest.raises(OSError, match="No space left"):
+        writer.close()
+    assert writer._tensorboard._events._async_writer._closed
+
+
+class FullDisk:
+    """A file on a disk that is full."""
+
+    def write(self, text: str):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def close(self):
+        self.write("")
 
 
 def test_time_counts_on_after_a_resume(folder):

@@ -131,7 +131,20 @@ def test_where_nodes_may_come_gpus_are_not_told_from_those_that_are_there():
     assert not plan(growing, gpus=1).colocated
 
 
+def test_the_node_that_comes_closest_is_a_node_that_is_there():
+    nodes = [{"CPU": 8.0}, {"CPU": 2.0, "GPU": 1.0}, {"CPU": 1.0, "GPU": 4.0}]
+    with pytest.raises(ResourcesError, match=r"needs CPU 4, GPU 1 on one node; the closest node has CPU 2, GPU 1\."):
+        check_fits(plan(gpus=8, learner={"num_cpus": 4}), {"CPU": 99.0, "GPU": 9.0}, nodes)
+
+
+def test_an_address_with_a_password_is_refused():
+    for address in ("anne:secret@head:6379", "ray://anne:secret@head:10001"):
+        with pytest.raises(ValidationError, match="RAY_AUTH_TOKEN"):
+            ClusterConfig(address=address)
+    assert ClusterConfig(address="head:6379").address == "head:6379"
+
+
 def test_an_actor_larger_than_every_node_is_named():
     placement = plan(learner={"num_cpus": 6})
-    with pytest.raises(ResourcesError, match=r"One actor needs CPU 6 on one node; the largest node has CPU 4\."):
+    with pytest.raises(ResourcesError, match=r"One actor needs CPU 6 on one node; the closest node has CPU 4\."):
         check_fits(placement, {"CPU": 8.0}, [{"CPU": 4.0}, {"CPU": 4.0}])

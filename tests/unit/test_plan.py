@@ -16,8 +16,9 @@ from weaver_rl.cli import app
 from weaver_rl.errors import UserError
 from weaver_rl.plan.costs import LearnerCosts, fit_costs
 from weaver_rl.plan.machine import Machine
-from weaver_rl.plan.simulation import SetUp, World, simulate
-from weaver_rl.plan.sweep import Plan, Question, make_plan
+from weaver_rl.plan.simulated_crew import KeptMetrics
+from weaver_rl.plan.simulation import SetUp, World, _prediction, simulate
+from weaver_rl.plan.sweep import MOST_SAMPLERS, Plan, Question, make_plan
 from weaver_rl.plan.table import print_plan, to_json
 from weaver_rl.plan.trace import read_trace
 from weaver_rl.run_folder import RunFolder
@@ -138,6 +139,16 @@ def test_lag_hides_the_shorter_side(truth: World):
     assert now.lag_mean == 0 < ahead.lag_mean <= 1
 
 
+def test_the_evaluation_before_training_is_no_step_of_a_simulation(truth: World):
+    metrics = KeptMetrics()
+    metrics.write(0, "train", {"eval/accuracy": 0.5})
+    for step in (1, 2, 3, 4):
+        metrics.write(step, "train", {"seconds/step": 1.0, "sampler/num_tokens": 10.0**step})
+    set_up = SetUp(num_samplers=1, num_ranks=1, max_lag=0)  # of which one step leads in
+    found = _prediction(dataclasses.replace(truth, num_steps=2), truth.config, metrics, set_up, {})
+    assert found.tokens_per_s * found.step_seconds == pytest.approx((10**2 + 10**3) / 2)
+
+
 def test_same_seed_same_plan(truth: World):
     first, second, other = (to_json(planned(truth, seed=seed)) for seed in (3, 3, 4))
     assert first == second
@@ -199,6 +210,18 @@ def test_cpus_of_a_gpu_run_are_refused(truth: World):
 def test_too_few_gpus(truth: World):
     with pytest.raises(UserError, match="nothing fits: 2 GPUs"):
         planned(truth, samplers=(2,), gpus=2)
+
+
+def test_many_gpus_are_no_simulation_without_end(truth: World, monkeypatch: pytest.MonkeyPatch):
+    tried = []
+
+    def note(world: World, set_up: SetUp):
+        tried.append(set_up.num_samplers)
+        return simulate(world, dataclasses.replace(set_up, num_samplers=1))
+
+    monkeypatch.setattr("weaver_rl.plan.sweep.simulate", note)
+    planned(truth, samplers=(), gpus=20_000, steps=8)
+    assert max(tried) == MOST_SAMPLERS
 
 
 # -- what it says --------------------------------------------------------------------------------------------------

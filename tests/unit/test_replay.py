@@ -136,7 +136,7 @@ def with_completion(record: RecordedRollout, **changes: Any) -> RecordedRollout:
 
 
 def test_every_step_replays_bit_for_bit_from_its_checkpoint_and_from_the_beginning(recorded: Path, tmp_path: Path):
-    first = next(line.step for line in read_metrics(RunFolder(recorded).metrics_file) if line.phase == "train")
+    first = next(line.step for line in read_metrics(RunFolder(recorded).metrics_file) if line.is_training)
     without = Path(shutil.copytree(recorded, tmp_path / "without"))
     shutil.rmtree(RunFolder(without).checkpoints)
     for step in range(first, LAST_STEP + 1):
@@ -349,6 +349,13 @@ def test_a_step_without_rollouts_is_refused_with_what_there_is(asynchronous: Pat
     with pytest.raises(UserError, match=words) as caught:
         plan_replay(asynchronous, step)
     assert "3 to 6" in str(caught.value)
+
+
+def test_the_evaluation_before_training_is_no_step_to_replay(tmp_path: Path):
+    run = fake_run(tmp_path / "run", make_config(warm_start=None, num_steps=2))
+    assert min(read_lines(run)) == 0
+    with pytest.raises(UserError, match=r"no trained step 0; steps with rollouts that were trained: 1 to 2"):
+        plan_replay(run, 0)
 
 
 def test_missing_rollouts_are_named_before_anything_is_trained(copied: Path):

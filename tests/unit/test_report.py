@@ -141,6 +141,21 @@ def test_runs_of_any_length(tmp_path, warm_steps, steps, evaluate, words):
     ET.parse(tmp_path / "curve.svg")
 
 
+def test_a_run_without_a_warm_start_shows_where_it_began(tmp_path):
+    with MetricsWriter(RunFolder(tmp_path)) as writer:
+        writer.write(0, "train", {"eval/accuracy": 0.25})
+        writer.write(1, "train", {"loss": 1.0, "reward/mean": 0.5, "sampler/num_tokens": 10, "eval/accuracy": 0.75})
+    page = Page(write_report(tmp_path))
+    for words in ("0.750 last accuracy", "0.250 accuracy before training", "1 training steps"):
+        assert words in page.words
+    curves = page.data["phases"][0]["curves"][0]
+    assert (curves["step"], curves["tokens"]) == ([0, 1], [0, 10])
+    assert curves["series"]["eval/accuracy"]["y"] == [0.25, 0.75]
+    both = Page(write_page([tmp_path, tmp_path], tmp_path / "both.html"))
+    assert "training steps 1 1" in both.words
+    write_curve_svg(tmp_path, tmp_path / "curve.svg")
+
+
 def test_a_run_of_which_only_the_status_is_there(tmp_path):
     folder = make_run(tmp_path)
     folder.config_json.unlink()
@@ -245,6 +260,41 @@ def test_only_the_steps_that_were_asked_for(tmp_path):
     assert page.data["phases"][0]["curves"][0]["step"] == [4, 5]
     assert set(page.data["rollouts"]["step"]) == {4, 5}
     assert (page.data["ledgers"][0]["from"][0], page.data["ledgers"][0]["to"][-1]) == (4, 5)
+
+
+def test_figures_of_some_steps_are_not_called_those_of_the_run(tmp_path):
+    clock = iter(range(0, 1000, 10))
+    with RunFolder(tmp_path).claim() as claim, MetricsWriter(claim.folder, lambda: float(next(clock))) as writer:
+        for step in range(1, 11):
+            writer.write(step, "train", {"reward/mean": step / 10, "eval/accuracy": step / 20})
+        claim.end("finished", None)
+    part = Page(write_page([tmp_path], tmp_path / "part.html", steps=StepRange.parse("4:6"))).words
+    for words in (
+        "steps 4 to 6 only",
+        "0.300 accuracy at step 6",
+        "0.200 accuracy at step 4",
+        "0.600 mean reward, step 6 from 0.400",
+        "0 m 30 s wall time of these steps",
+        "3 training steps shown",
+    ):
+        assert words in part, part
+    assert "at the end" not in part
+    both = Page(write_page([tmp_path] * 2, tmp_path / "both.html", steps=StepRange.parse("4:6"))).words
+    assert "2 runs steps 4 to 6 only" in both
+    assert "Figures of steps 4 to 6" in both
+    assert "wall time 0 m 30 s 0 m 30 s" in both
+    whole = Page(write_page([tmp_path], tmp_path / "whole.html", steps=StepRange.parse("1:10"))).words
+    assert "accuracy at the end" in whole
+    assert "only" not in whole
+    assert "Final figures" in Page(write_page([tmp_path] * 2, tmp_path / "both.html")).words
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [("4:6", "steps 4 to 6"), (":3", "steps up to 3"), ("9:", "steps from 9 on"), ("5", "step 5"), (":", "all steps")],
+)
+def test_ranges_in_words(text, words):
+    assert StepRange.parse(text).in_words() == words
 
 
 @pytest.mark.parametrize(
@@ -438,11 +488,19 @@ def test_several_runs_side_by_side(tmp_path):
     assert [run["name"] for run in page.data["runs"]] == ["quickstart", "other", "empty"]
     assert "seed 0 7 0" in page.words
     assert 'correction.name "none" "tis" "none"' in page.words
-    assert "accuracy, last 0.93 0.93" in page.words
+    assert "accuracy, last 0.930 0.930" in page.words
     assert "other, empty kept no idle ledger" in page.words
     assert set(page.data["rollouts"]["run"]) == {0, 1}
     assert len(page.data["phases"][0]["curves"]) == 3
     assert page.data["phases"][0]["curves"][2]["step"] == []
+
+
+def test_first_last_and_best_accuracy_are_of_the_same_evaluations(tmp_path):
+    with MetricsWriter(RunFolder(tmp_path)) as writer:
+        writer.write(1, "warm_start", {"eval/accuracy": 0.9})
+        writer.write(2, "train", {"eval/accuracy": 0.7})
+    words = Page(write_page([tmp_path] * 2, tmp_path / "p")).words
+    assert "first measured 0.900 0.900 accuracy, last 0.700 0.700 accuracy, best 0.900 0.900" in words
 
 
 def test_runs_that_differ_in_nothing(tmp_path):

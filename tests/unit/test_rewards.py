@@ -66,6 +66,13 @@ def test_names_that_cannot_be_resolved_are_refused_with_the_config(name: str, se
         RewardSpec(name=name)
 
 
+@pytest.mark.parametrize("label", ["a\nb", "a\n", "\ta", "a\x1b[31m", "a\x85b"])
+def test_a_label_with_a_control_character_is_refused_with_the_config(label: str) -> None:
+    for named in ({"name": "task", "label": label}, {"name": f"{label}.py:f"}):
+        with pytest.raises(ValidationError, match="has a line break, a tab or another control character"):
+            RewardSpec.model_validate(named)
+
+
 def test_every_component_needs_a_name_of_its_own() -> None:
     twice = [RewardSpec(name="regex", args={"pattern": "a"}), RewardSpec(name="regex", args={"pattern": "b"})]
     with pytest.raises(ConfigError, match=r"rewards 0 and 1 are both recorded as 'regex'"):

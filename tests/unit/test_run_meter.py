@@ -42,7 +42,25 @@ def test_an_evaluation_stands_until_the_next(meter: RecordingMeter):
     assert meter.gauges[series("weaver_rl_eval_accuracy")] == 0.5
     assert series("weaver_rl_loss") not in meter.gauges
     run_meter.rewound(1)
-    assert meter.gauges[series("weaver_rl_step")] == 1
+    assert meter.gauges == {series("weaver_rl_eval_accuracy"): 0.5, series("weaver_rl_step"): 1}
+
+
+def test_an_evaluation_that_measured_nothing_takes_the_last_one_away(meter: RecordingMeter):
+    run_meter = RunMeter(meter)
+    run_meter.write(1, {"eval/accuracy": 0.5, "eval/missing_fraction": 0.0})
+    run_meter.write(2, {"eval/missing_fraction": 1.0})
+    assert meter.gauges == {series("weaver_rl_eval_missing_fraction"): 1.0, series("weaver_rl_step"): 2}
+
+
+def test_what_was_measured_behind_a_rewind_disappears(meter: RecordingMeter):
+    run_meter = RunMeter(meter)
+    run_meter.write(0, {"eval/accuracy": 0.5})
+    run_meter.write(1, {"loss": 1.0, "eval/num_prompts": 8, "eval/accuracy": 0.75})
+    run_meter.rewound(0)
+    assert meter.gauges == {series("weaver_rl_step"): 0}
+    run_meter.write(1, {"loss": 1.0})
+    run_meter.rewound(-1)
+    assert meter.gauges == {series("weaver_rl_step"): 0}
 
 
 def test_the_ledger_adds_up(meter: RecordingMeter):

@@ -318,6 +318,23 @@ def test_joiners_are_brought_up_before_they_serve_and_leavers_finish_first():
     story(work)
 
 
+def test_one_that_is_not_wanted_any_more_does_not_go_on_starting():
+    async def work() -> None:
+        factory, log = FakeSamplers(seconds=taking(1.0, start=50.0)), FleetLog()
+        async with fleet(factory, log=log) as samplers:
+            await samplers.ready()
+            samplers.scale(4)
+            await asyncio.sleep(10)
+            samplers.scale(3)
+            await asyncio.sleep(1)
+            assert log.left == ["sampler 3"]
+            await asyncio.sleep(50)
+            assert [sampler.name for sampler in factory.made] == ["sampler 0", "sampler 1", "sampler 2"]
+            assert samplers.names == ("sampler 0", "sampler 1", "sampler 2")
+
+    story(work)
+
+
 def test_a_leaver_that_takes_too_long_hands_over():
     async def work() -> None:
         factory, log = FakeSamplers(seconds=lambda *what: 90.0 if what[0] == "generate" else 0.0), FleetLog()

@@ -9,8 +9,17 @@ from weaver_rl.check.memory import GiB
 from weaver_rl.check.resources import ClusterFacts, open_file_limit, temporary_disk
 from weaver_rl.check.subject import RunUnderCheck
 from weaver_rl.check.versions import installed
+from weaver_rl.custom_resources import in_words, nodes_with
 from weaver_rl.errors import ResourcesError
-from weaver_rl.placement import ClusterConfig, Placement, asked_and_available, check_fits, plan_placement
+from weaver_rl.placement import (
+    EPSILON,
+    ClusterConfig,
+    Placement,
+    asked_and_available,
+    check_fits,
+    fits_node,
+    plan_placement,
+)
 from weaver_rl.weights.config import resolve_transport
 
 FULL_DISK_SHARE = 0.95
@@ -25,7 +34,13 @@ SHOULD_EQUAL = ("weaver-rl", "torch", "transformers", "vllm")
 def placement_of(run: RunUnderCheck, facts: ClusterFacts) -> Placement:
     """The bundles of the run there. Raises ResourcesError for a configuration that no cluster can place."""
     config = run.config
-    return plan_placement(config.cluster, config.learner, config.sampler, cluster_gpus=facts.num_gpus)
+    cluster = cluster_there(config.cluster, facts)
+    return plan_placement(cluster, config.learner, config.sampler, cluster_gpus=facts.num_gpus)
+
+
+def cluster_there(cluster: ClusterConfig, facts: ClusterFacts) -> ClusterConfig:
+    """The section as it holds there: the cluster of one machine makes no nodes."""
+    return cluster if facts.address else cluster.without_autoscaling()
 
 
 def check_capacity(run: RunUnderCheck) -> Iterator[Finding]:
@@ -33,15 +48,16 @@ def check_capacity(run: RunUnderCheck) -> Iterator[Finding]:
     facts = run.cluster.get()
     yield from check_cluster(facts)
     yield _placement(run, facts)
+    yield from _reward_workers(run, facts)
     yield from _object_store(run, facts)
 
 
 def check_cluster(facts: ClusterFacts) -> Iterator[Finding]:
     """What there is, whoever asks for it."""
-    totals = {kind: sum(node.resources.get(kind, 0.0) for node in facts.nodes) for kind in ("CPU", "GPU")}
     nodes = f"{len(facts.nodes)} node(s), " if facts.address else ""
     where = facts.address or "this machine, where a cluster is started"
-    yield passed("cluster", f"{where}: {nodes}{_amounts(totals)}, free {_amounts(facts.available)}")
+    free = "free: not known by HTTP" if facts.available is None else f"free {_amounts(facts.available)}"
+    yield passed("cluster", f"{where}: {nodes}{_amounts(facts.total)}, {free}")
     if facts.address is None:
         yield from _this_machine()
     else:
@@ -59,29 +75,70 @@ def _placement(run: RunUnderCheck, facts: ClusterFacts) -> Finding:
         placement = placement_of(run, facts)
     except ResourcesError as error:
         return failed("placement", str(error), advice)
-    try:
-        check_fits(placement, facts.available, [node.resources for node in facts.nodes])
-    except ResourcesError as error:
-        return no_room(run.config.cluster, placement, facts, str(error), advice)
     kind = "colocated" if placement.colocated else "split"
     asked = ", ".join(f"{amount:g} {name}s" for name, amount in placement.total().items())
-    return passed(
-        "placement",
+    seen = (
         f"{kind}: {run.config.learner.num_ranks} learner rank(s) and {run.config.sampler.num_replicas} sampler(s) ask "
-        f"for {asked}",
+        f"for {asked}"
     )
+    return room_for(placement, run.config.cluster, facts, seen, advice)
 
 
-def no_room(cluster: ClusterConfig, placement: Placement, facts: ClusterFacts, seen: str, advice: str) -> Finding:
-    """The line for what does not fit now: a warning where nodes may come."""
-    if not cluster.autoscaling:
-        return failed("placement", seen, advice)
+def room_for(placement: Placement, cluster: ClusterConfig, facts: ClusterFacts, seen: str, advice: str) -> Finding:
+    """Whether it fits: a warning where nodes may come for what does not, and where nobody knows what is free.
+
+    Args:
+        seen: what is asked for, in words.
+        advice: for what does not fit.
+    """
+    available = facts.total if facts.available is None else facts.available
+    try:
+        check_fits(placement, available, [node.resources for node in facts.nodes])
+    except ResourcesError as error:
+        if not cluster_there(cluster, facts).autoscaling:
+            return failed("placement", str(error), advice)
+    else:
+        if facts.available is not None:
+            return passed("placement", seen)
+        return warned(
+            "placement",
+            f"{seen}; free: not known by HTTP, so this holds where nothing else runs",
+            "see on the head with `ray status` what is free",
+        )
     return warned(
         "placement",
-        f"no room now: {asked_and_available(placement, facts.available)}",
+        f"no room now: {asked_and_available(placement, available)}",
         f"it waits {cluster.start_timeout_s:g} s (cluster.start_timeout_s) for new nodes: see that this is enough, and "
         "that the autoscaler has a kind of node for each actor",
     )
+
+
+def _reward_workers(run: RunUnderCheck, facts: ClusterFacts) -> Iterator[Finding]:
+    """Whether there are nodes with what each of them asks for."""
+    config = run.config
+    asked, wanted = config.reward_workers.resources, config.reward_workers.num_workers
+    if not asked:
+        return
+    available = facts.total if facts.available is None else facts.available
+    room = min(_times(asked, available), sum(_times(asked, node.resources) for node in facts.nodes))
+    there = nodes_with(asked, [(node.name, node.resources) for node in facts.nodes])
+    seen = f"{wanted} ask for {in_words(asked)} each, room for {room}; nodes that have it: {there}"
+    if room >= wanted:
+        yield passed("reward workers", seen)
+    elif cluster_there(config.cluster, facts).autoscaling:
+        timeout_s = config.reward_workers.start_timeout_s + config.cluster.start_timeout_s
+        yield warned("reward workers", seen, f"see that the autoscaler makes such nodes: they wait {timeout_s:g} s")
+    else:
+        yield failed(
+            "reward workers",
+            seen,
+            "start nodes with it (`ray start --resources`), or lower reward_workers.num_workers; without "
+            "reward_workers.resources they go anywhere",
+        )
+
+
+def _times(bundle: Mapping[str, float], there: Mapping[str, float]) -> int:
+    return min(int(there.get(kind, 0.0) / amount + EPSILON) for kind, amount in bundle.items())
 
 
 def _this_machine() -> Iterator[Finding]:
@@ -154,12 +211,22 @@ def _object_store(run: RunUnderCheck, facts: ClusterFacts) -> Iterator[Finding]:
         return  # has a line of its own
     on_gpu = placement.learner_gpus > 0 and placement.sampler_gpus > 0
     transport = resolve_transport(run.config.weights.transport, on_gpu=on_gpu, colocated=placement.colocated)
-    room = min((node.object_store_bytes for node in facts.nodes if node.object_store_bytes), default=None)
-    if transport != "object_store" or room is None:
+    if transport != "object_store":
         return
-    # The version before stays until the next has arrived: a sampler that is late still loads it.
-    needed = 2 * 4 * run.shape.needed().num_parameters
-    seen = f"{room / GiB:.3g} GiB of shared memory on a node; two versions of the weights take {needed / GiB:.3g} GiB"
+    # Where the learner is, the version before stays until the next has arrived: a sampler that is late still loads it.
+    # A sampler fetches the whole version that it loads.
+    learner, sampler = (placement.bundles[role[0]] for role in (placement.learner_bundles, placement.sampler_bundles))
+    held = [
+        (node.object_store_bytes, 2 if fits_node(learner, node.resources) else 1)
+        for node in facts.nodes
+        if node.object_store_bytes and (fits_node(learner, node.resources) or fits_node(sampler, node.resources))
+    ]
+    if not held:
+        return
+    room, versions = min(held, key=lambda of_node: of_node[0] / of_node[1])
+    needed = versions * 4 * run.shape.needed().num_parameters
+    take = "two versions of the weights take" if versions == 2 else "a version of the weights takes"
+    seen = f"{room / GiB:.3g} GiB of shared memory on a node; {take} {needed / GiB:.3g} GiB"
     if needed > room:
         yield warned(
             "object store", seen, "Ray would write them to disk: enlarge /dev/shm (docker run --shm-size) or its share"

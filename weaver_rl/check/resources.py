@@ -53,10 +53,16 @@ class ClusterFacts:
     address: str | None
     """None: this machine, where a cluster would be started for the run."""
     nodes: tuple[NodeFacts, ...]
-    available: Mapping[str, float]
-    """Free in the whole cluster now, by kind."""
+    available: Mapping[str, float] | None
+    """Free in the whole cluster now, by kind; None: not known."""
     versions: Mapping[str, str] = field(default_factory=dict)
     """Of the cluster itself: ray and python."""
+
+    @property
+    def total(self) -> Mapping[str, float]:
+        """Of all nodes, by kind."""
+        kinds = {kind for node in self.nodes for kind in node.resources}
+        return {kind: sum(node.resources.get(kind, 0.0) for node in self.nodes) for kind in kinds}
 
     @property
     def num_gpus(self) -> float:

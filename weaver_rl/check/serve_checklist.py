@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from weaver_rl.check.capacity import check_cluster, no_room
+from weaver_rl.check.capacity import check_cluster, cluster_there, room_for
 from weaver_rl.check.checklist import Check, Entry
 from weaver_rl.check.finding import Finding, failed, passed
 from weaver_rl.check.given import Given, NotCheckedError
@@ -20,7 +20,7 @@ from weaver_rl.check.resources import ClusterFacts
 from weaver_rl.check.run_space import existing_parent, why_not_writable
 from weaver_rl.check.versions import check_versions
 from weaver_rl.errors import ConfigError, ModelError, ResourcesError
-from weaver_rl.placement import Placement, check_fits, plan_placement
+from weaver_rl.placement import Placement, plan_placement
 from weaver_rl.service.config import ServeConfig, ServedModel
 from weaver_rl.service.http.auth import ApiKeys
 from weaver_rl.tasks.load import load_task
@@ -135,18 +135,18 @@ def _cluster(server: ServerUnderCheck) -> Iterator[Finding]:
     if not placements:
         return
     together = _together(placements)
-    try:
-        check_fits(together, facts.available, [node.resources for node in facts.nodes])
-    except ResourcesError as error:
-        yield no_room(server.config.cluster, together, facts, str(error), advice)
-    else:
-        asked = ", ".join(f"{amount:g} {kind}s" for kind, amount in together.total().items())
-        yield passed("placement", f"learner and engine of {len(placements)} model(s) ask for {asked}")
+    asked = ", ".join(f"{amount:g} {kind}s" for kind, amount in together.total().items())
+    seen = f"learner and engine of {len(placements)} model(s) ask for {asked}"
+    yield room_for(together, server.config.cluster, facts, seen, advice)
 
 
 def _placement(server: ServerUnderCheck, served: ServedModel, facts: ClusterFacts) -> Placement:
     return plan_placement(
-        server.config.cluster, served.learner, served.sampler, cluster_gpus=facts.num_gpus, may_colocate=False
+        cluster_there(server.config.cluster, facts),
+        served.learner,
+        served.sampler,
+        cluster_gpus=facts.num_gpus,
+        may_colocate=False,
     )
 
 

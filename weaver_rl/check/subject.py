@@ -39,10 +39,16 @@ class RunUnderCheck:
     cluster: Given[ClusterFacts]
     gpu_memory_gb: float | None
     """Memory of each GPU as the user gives it; None: as it is found."""
+    on_head: bool
+    """It will be a job of the cluster: its driver, its folder and its disk are not of this machine."""
 
     @staticmethod
     def of(
-        config: RunConfig, *, cluster: Callable[[], ClusterFacts], gpu_memory_gb: float | None = None
+        config: RunConfig,
+        *,
+        cluster: Callable[[], ClusterFacts],
+        gpu_memory_gb: float | None = None,
+        on_head: bool = False,
     ) -> RunUnderCheck:
         base_dir = config.base_dir or Path.cwd()
         task = Given("the task", lambda: load_task(config.task, base_dir, config.seed))
@@ -63,6 +69,7 @@ class RunUnderCheck:
             shape=Given("the model's sizes", lambda: shape_of(model.needed().config)),
             cluster=Given("the cluster", cluster),
             gpu_memory_gb=gpu_memory_gb,
+            on_head=on_head,
         )
 
     def max_length(self) -> int:

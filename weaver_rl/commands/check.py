@@ -68,6 +68,7 @@ def _checks(
     from weaver_rl.check.subject import RunUnderCheck
     from weaver_rl.config import load_config
     from weaver_rl.config_file import load_file, read_yaml
+    from weaver_rl.dashboard_access import is_dashboard
 
     extra = [f"cluster.address={address}"] if address is not None else []
     if "models" in read_yaml(path):
@@ -75,24 +76,35 @@ def _checks(
         from weaver_rl.service.config import ServeConfig
 
         serving = load_file(ServeConfig, path, [*overrides, *extra])
-        ask = partial(_facts, serving.cluster.address, str(serving.state_dir), with_cluster=with_cluster)
+        asked = _cluster_address(serving.cluster.address)
+        ask = partial(_facts, asked, str(serving.state_dir), with_cluster=with_cluster)
         server = ServerUnderCheck.of(serving, cluster=ask, gpu_memory_gb=gpu_memory_gb)
         return serve_checklist(server, path, with_cluster=with_cluster)
     loaded = load_config(path, [*overrides, *extra])
-    ask = partial(_facts, loaded.cluster.address, str(loaded.run_dir or loaded.folder), with_cluster=with_cluster)
-    run = RunUnderCheck.of(loaded, cluster=ask, gpu_memory_gb=gpu_memory_gb)
+    asked = _cluster_address(loaded.cluster.address)
+    ask = partial(_facts, asked, str(loaded.run_dir or loaded.folder), with_cluster=with_cluster)
+    on_head = asked is not None and is_dashboard(asked)
+    run = RunUnderCheck.of(loaded, cluster=ask, gpu_memory_gb=gpu_memory_gb, on_head=on_head)
     return run_checklist(run, path, with_cluster=with_cluster)
+
+
+def _cluster_address(configured: str | None) -> str | None:
+    """Of the cluster that is looked at, None: this machine. Before anything imports Ray: it shows the token."""
+    from weaver_rl.local_clusters import show_token_of
+
+    address = configured or os.environ.get("RAY_ADDRESS")
+    show_token_of(address)
+    return address if address != "local" else None
 
 
 def _facts(address: str | None, folder: str, *, with_cluster: bool) -> ClusterFacts:
     from weaver_rl.check.resources import this_machine
 
-    asked = address or os.environ.get("RAY_ADDRESS")
-    if not with_cluster or asked in (None, "local"):
+    if not with_cluster or not address:
         return this_machine()
     from actors.cluster_check import ask_cluster
 
-    return ask_cluster(asked, run_dir=folder)
+    return ask_cluster(address, run_dir=folder)
 
 
 def _unreadable(path: Path, error: Exception) -> Check:

@@ -11,9 +11,6 @@ from rich.console import Console
 
 from weaver_rl.commands.arguments import ConfigArgument, OverridesArgument
 
-MOST_SAMPLERS = 1024
-"""A simulation takes longer the more there are; of so many it takes seconds."""
-
 
 def plan(
     config: ConfigArgument,
@@ -26,7 +23,10 @@ def plan(
             metavar="RUN",
         ),
     ] = ...,  # type: ignore[assignment]
-    gpus: Annotated[int | None, typer.Option(min=2, help="GPUs in all, for samplers and learner ranks.")] = None,
+    gpus: Annotated[
+        int | None,
+        typer.Option(min=2, help="GPUs in all, for samplers and learner ranks; at most 1024 samplers are tried."),
+    ] = None,
     cpus: Annotated[int | None, typer.Option(min=1, help="Cores of the machine, for a run on CPUs.")] = None,
     samplers: Annotated[str | None, typer.Option(help="Numbers of samplers to try, for example 1,2,4.")] = None,
     ranks: Annotated[str | None, typer.Option(help="Numbers of learner ranks to try.")] = None,
@@ -37,7 +37,7 @@ def plan(
 ) -> None:
     """Predict from a recorded run how fast other numbers of samplers and learner ranks would be."""
     from weaver_rl.config import load_config
-    from weaver_rl.plan.sweep import Question, make_plan
+    from weaver_rl.plan.sweep import MOST_SAMPLERS, Question, make_plan
     from weaver_rl.plan.table import print_plan, to_json
     from weaver_rl.plan.trace import read_trace
     from weaver_rl.remote_run import run_to_read

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -18,10 +19,12 @@ def serve(
 ) -> None:
     """Serve training and sampling to Weaver clients until it is stopped."""
     from weaver_rl.config_file import load_file
+    from weaver_rl.local_clusters import show_token_of
     from weaver_rl.service.config import ServeConfig
 
     extra = [f"cluster.address={address}"] if address is not None else []
     loaded = load_file(ServeConfig, config, [*(overrides or []), *extra])
+    show_token_of(loaded.cluster.address or os.environ.get("RAY_ADDRESS"))
 
     from actors.serve import serve as run
 

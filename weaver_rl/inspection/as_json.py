@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict
 from typing import Any
 
-from weaver_rl.inspection.explanation import Explanation, TokenFactors
+from weaver_rl.inspection.explanation import Check, Explanation, TokenFactors
 from weaver_rl.inspection.step_figures import StepFigures
 
 
@@ -17,7 +17,10 @@ def step_json(figures: StepFigures) -> str:
 
 
 def rollout_json(found: Explanation, token_texts: tuple[str, ...] | None) -> str:
-    """One object: prompt, completion, and every factor of its importance weights. `token_texts`: one per token."""
+    """One object: prompt, completion, and every factor of its importance weights. `token_texts`: one per token.
+
+    `equal` is null for what was not computed again; of the whole, where nothing differs and not all was computed.
+    """
     record = found.record
     rollout = record.scored.rollout
     return _dump(
@@ -32,9 +35,9 @@ def rollout_json(found: Explanation, token_texts: tuple[str, ...] | None) -> str
             "stop_reason": rollout.completion.stop_reason,
             "dropped": record.dropped,
             "parts": [asdict(part) for part in found.parts],
-            "reward": _check(asdict(found.reward), found.reward.equal),
+            "reward": _check(found.reward),
             "group": None if found.group is None else asdict(found.group),
-            "advantage": _check(asdict(found.advantage), found.advantage.equal),
+            "advantage": _check(found.advantage),
             "correction": found.correction,
             "loss": found.loss,
             "sum_weights": found.sum_weights,
@@ -49,11 +52,12 @@ def rollout_json(found: Explanation, token_texts: tuple[str, ...] | None) -> str
 
 
 def _token(token: TokenFactors, text: str | None) -> dict[str, Any]:
-    return asdict(token) | {"text": text, "ratio": token.ratio, "clipped": token.is_clipped}
+    figures = asdict(token) | {"weight": _check(token.weight)}
+    return figures | {"text": text, "ratio": token.ratio, "clipped": token.is_clipped}
 
 
-def _check(values: dict[str, Any], equal: bool) -> dict[str, Any]:
-    return values | {"equal": equal}
+def _check(check: Check) -> dict[str, Any]:
+    return {"stored": check.stored, "again": check.again, "equal": check.equal}
 
 
 def _dump(value: Any) -> str:

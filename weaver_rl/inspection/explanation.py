@@ -36,10 +36,14 @@ class Check:
 
     stored: float | None
     again: float | None
+    is_computed: bool = True
+    """False: it could not be computed again, and `again` says nothing."""
 
     @property
-    def equal(self) -> bool:
-        """Bit for bit."""
+    def equal(self) -> bool | None:
+        """Bit for bit; None: not computed again."""
+        if not self.is_computed:
+            return None
         if self.stored is None or self.again is None:
             return self.stored is self.again
         return float(self.stored).hex() == float(self.again).hex()
@@ -124,17 +128,21 @@ class Explanation:
     """What could not be computed, and why."""
 
     @property
-    def largest_weight_difference(self) -> float:
-        """Between stored and recomputed importance weights; inf where only one side has them."""
+    def largest_weight_difference(self) -> float | None:
+        """Between stored and recomputed importance weights; inf where only one side has them, None: not computed."""
+        if not all(token.weight.is_computed for token in self.tokens):
+            return None
         pairs = [(token.weight.stored, token.weight.again) for token in self.tokens]
         if any((stored is None) != (again is None) for stored, again in pairs):
             return float("inf")
         return max((abs(a - b) for a, b in pairs if a is not None and b is not None), default=0.0)
 
     @property
-    def equal(self) -> bool:
-        """Whether everything came out as it was stored, bit for bit."""
-        return self.reward.equal and self.advantage.equal and self.largest_weight_difference == 0
+    def equal(self) -> bool | None:
+        """Whether everything came out as it was stored, bit for bit; None: nothing differs, not all was computed."""
+        difference = self.largest_weight_difference
+        found = (self.reward.equal, self.advantage.equal, None if difference is None else difference == 0)
+        return False if False in found else None if None in found else True
 
 
 def explain(step: RecordedStep, rollout_id: str) -> Explanation:
@@ -145,15 +153,13 @@ def explain(step: RecordedStep, rollout_id: str) -> Explanation:
     """
     record = _find(step, rollout_id)
     config = step.config
-    weights = {spec.component_name: spec.weight for spec in config.rewards}
-    notes = []
+    counts = {spec.component_name: spec.weight for spec in config.rewards}
+    notes: list[str] = []
     if step.baseline_unknown is not None:
         notes.append(f"the running baseline is not known, so nothing is computed from it: {step.baseline_unknown}")
-    reward = _reward_again(step, record, notes)
     entry: BatchEntry | None = None
     group = None
-    weights_again: Float32Array | None = None
-    corrections: Float32Array | None = None
+    weights = _Weights(is_computed=record.phase == "eval")
     sum_weights = None
     if record.phase == "train" and step.baseline_unknown is None:
         batch = step.batch()
@@ -161,25 +167,29 @@ def explain(step: RecordedStep, rollout_id: str) -> Explanation:
         group = _group(step, record, batch.entries)
         learn_input = LearnInput.of(batch)
         sum_weights = learn_input.sum_weights
-        weights_again, corrections = _weights_again(step, learn_input, entry, notes)
+        weights = _weights_again(step, learn_input, entry, notes)
     return Explanation(
         record=record,
         parts=tuple(
             Part(
                 name=part.name,
-                weight=weights.get(part.name),
+                weight=counts.get(part.name),
                 value=part.value,
                 missing=part.missing,
                 seconds=part.seconds,
             )
             for part in record.scored.components
         ),
-        reward=Check(stored=record.scored.reward, again=reward),
+        reward=_reward_again(step, record, notes),
         group=group,
-        advantage=Check(stored=record.advantage, again=entry.advantage if entry else None),
+        advantage=Check(
+            stored=record.advantage,
+            again=entry.advantage if entry else None,
+            is_computed=entry is not None or record.phase == "eval",
+        ),
         correction=_one_line(config.correction.model_dump()),
         loss=_one_line(config.loss.model_dump()),
-        tokens=_tokens(step, record, weights_again, corrections),
+        tokens=_tokens(step, record, weights),
         sum_weights=sum_weights,
         notes=tuple(notes),
     )
@@ -194,12 +204,15 @@ def _find(step: RecordedStep, rollout_id: str) -> RecordedRollout:
     raise UserError(f"step {step.step} of {step.run_dir} has no rollout {rollout_id!r}; it has {some}, …")
 
 
-def _reward_again(step: RecordedStep, record: RecordedRollout, notes: list[str]) -> float | None:
+def _reward_again(step: RecordedStep, record: RecordedRollout, notes: list[str]) -> Check:
+    stored = record.scored.reward
     names = [part.name for part in record.scored.components]
     if names != [spec.component_name for spec in step.config.rewards]:
         notes.append(f"the rewards of the configuration are not the recorded ones ({', '.join(names) or 'none'})")
-        return record.scored.reward
-    return combine(record.scored.rollout, record.scored.components, step.config.rewards).reward
+        return Check(stored=stored, again=None, is_computed=False)
+    return Check(
+        stored=stored, again=combine(record.scored.rollout, record.scored.components, step.config.rewards).reward
+    )
 
 
 def _group(step: RecordedStep, record: RecordedRollout, entries: Sequence[BatchEntry]) -> GroupFigures:
@@ -222,24 +235,30 @@ def _group(step: RecordedStep, record: RecordedRollout, entries: Sequence[BatchE
     )
 
 
-def _weights_again(
-    step: RecordedStep, learn_input: LearnInput, entry: BatchEntry, notes: list[str]
-) -> tuple[Float32Array | None, Float32Array | None]:
-    """Importance weights and corrections (L,) of one entry; None where the run had none or nothing says what."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Weights:
+    """What was computed again of one rollout; None where the run had none or nothing says what."""
+
+    importance_weights_L: Float32Array | None = None
+    corrections_L: Float32Array | None = None
+    is_computed: bool = True
+
+
+def _weights_again(step: RecordedStep, learn_input: LearnInput, entry: BatchEntry, notes: list[str]) -> _Weights:
     num_tokens = len(entry.scored.rollout.completion.token_ids_L)
     if entry.dropped is not None:
-        return None, None
+        return _Weights()
     place = next((i for i, each in enumerate(learn_input.entries) if each.datum_id == entry.datum_id), None)
     if place is None:
         # What the record says of a rollout that had no part in the forward because its advantage is 0.
-        return np.zeros(num_tokens, dtype=np.float32), None
+        return _Weights(importance_weights_L=np.zeros(num_tokens, dtype=np.float32))
     if step.config.correction.name == "none":
-        return learn_input.importance_weights[place], None
+        return _Weights(importance_weights_L=learn_input.importance_weights[place])
     stored = {row.scored.rollout.rollout_id: row.learner_logprobs_L for row in step.rows}
     logprobs_L = stored[entry.datum_id]
     if logprobs_L is None:
         notes.append("the learner's log-probabilities were not recorded, so the correction cannot be computed again")
-        return None, None
+        return _Weights(is_computed=False)
     alone = LearnInput(
         entries=(entry,), importance_weights=(learn_input.importance_weights[place],), sum_weights=float(num_tokens)
     )
@@ -247,15 +266,14 @@ def _weights_again(
     forward = ForwardOutput(logprobs_per_datum=(np.concatenate([before_completion, logprobs_L]),))
     corrected = correct(alone, forward, step.config.correction)
     assert corrected.corrections is not None
-    return corrected.importance_weights[0], corrected.corrections[0]
+    return _Weights(importance_weights_L=corrected.importance_weights[0], corrections_L=corrected.corrections[0])
 
 
-def _tokens(
-    step: RecordedStep, record: RecordedRollout, weights: Float32Array | None, corrections: Float32Array | None
-) -> tuple[TokenFactors, ...]:
+def _tokens(step: RecordedStep, record: RecordedRollout, weights: _Weights) -> tuple[TokenFactors, ...]:
+    again_L = weights.importance_weights_L
     completion, learner_L = record.scored.rollout.completion, record.learner_logprobs_L
     gaps = None if learner_L is None else log_ratio(learner_L, completion.logprobs_L)
-    in_loss = None if weights is None else _loss_weights(step, weights)
+    in_loss = None if again_L is None else _loss_weights(step, again_L)
     return tuple(
         TokenFactors(
             token_id=int(token_id),
@@ -263,8 +281,10 @@ def _tokens(
             sampler_logprob=float(completion.logprobs_L[i]),
             learner_logprob=_at(learner_L, i),
             gap=None if gaps is None else float(gaps[i]),
-            correction=_at(corrections, i),
-            weight=Check(stored=_at(record.importance_weights_L, i), again=_at(weights, i)),
+            correction=_at(weights.corrections_L, i),
+            weight=Check(
+                stored=_at(record.importance_weights_L, i), again=_at(again_L, i), is_computed=weights.is_computed
+            ),
             loss_weight=_at(in_loss, i),
         )
         for i, token_id in enumerate(completion.token_ids_L)

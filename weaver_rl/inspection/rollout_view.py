@@ -20,6 +20,8 @@ MAX_TOKENS_PRINTED = 120
 MAX_MEMBERS_PRINTED = 16
 _BLUE, _RED, _PINK = (47, 116, 224), (221, 90, 42), (217, 79, 106)
 _LOWEST_LOGPROB = -5.0
+_COLORS = {True: "", None: "yellow", False: "red"}
+"""Of a stored number: came out again, was not computed again, differs."""
 
 
 def print_rollout(console: Console, found: Explanation, tokens: TokenTexts) -> None:
@@ -157,7 +159,7 @@ def _weights(found: Explanation, tokens: TokenTexts) -> Iterator[RenderableType]
             Text(_number(token.correction), "red" if token.correction == 0 else ""),
             _number(token.weight.again),
             Text(_number(token.loss_weight) + (" clipped" if token.is_clipped else ""), "yellow" * token.is_clipped),
-            Text("equal" if token.weight.equal else _number(token.weight.stored), "" if token.weight.equal else "red"),
+            Text("equal" if token.weight.equal else _number(token.weight.stored), _COLORS[token.weight.equal]),
         )
     yield table
     if len(found.tokens) > MAX_TOKENS_PRINTED:
@@ -167,21 +169,29 @@ def _weights(found: Explanation, tokens: TokenTexts) -> Iterator[RenderableType]
 def _verdict(found: Explanation) -> Text:
     if found.equal:
         return Text("Everything came out again as it is stored, bit for bit.", "green")
-    names = [name for name, check in (("reward", found.reward), ("advantage", found.advantage)) if not check.equal]
+    checks = [("reward", found.reward.equal), ("advantage", found.advantage.equal)]
+    different = [name for name, equal in checks if equal is False]
+    missing = [name for name, equal in checks if equal is None]
     difference = found.largest_weight_difference
-    if math.isinf(difference):
-        names.append("importance weights (only one side has them)")
+    if difference is None:
+        missing.append("importance weights")
+    elif math.isinf(difference):
+        different.append("importance weights (only one side has them)")
     elif difference:
-        names.append(f"importance weights (by at most {difference:.3g})")
-    return Text(f"Different from what is stored: {', '.join(names)}.", "red")
+        different.append(f"importance weights (by at most {difference:.3g})")
+    parts = [Text(f"Different from what is stored: {', '.join(different)}.", "red")] if different else []
+    parts += [Text(f"Not computed again: {', '.join(missing)}.", "yellow")] if missing else []
+    return Text(" ").join(parts)
 
 
 def _compared(check: Check) -> Text:
     if check.equal:
         return Text("as stored" if check.stored is not None else "none, as stored", "dim")
-    if check.again is None:
+    if check.equal is None:
         return Text(f"stored {_number(check.stored)}, not computed again", "yellow")
-    by = "" if check.stored is None else f", different by {check.again - check.stored:.3g}"
+    by = ""
+    if check.stored is not None and check.again is not None:
+        by = f", different by {check.again - check.stored:.3g}"
     return Text(f"stored {_number(check.stored)}{by}", "red")
 
 

@@ -291,7 +291,7 @@ class _Marks:
 def _prediction(
     world: World, config: RunConfig, metrics: KeptMetrics, set_up: SetUp, idle: Mapping[str, float]
 ) -> Prediction:
-    lines = [line.values for line in metrics.lines]
+    lines = [line.values for line in metrics.lines if line.is_training]
     counted = lines[set_up.lead_in : set_up.lead_in + world.num_steps]
     stages: dict[str, float] = {}
     for name in dict.fromkeys(name for line in counted for name in line if name.startswith("seconds/")):

@@ -25,6 +25,8 @@ AS_GOOD = 0.02
 MAX_ROLLOUTS = 40_000
 """Rollouts that one simulation may take; bigger steps are simulated fewer times."""
 MIN_STEPS = 8
+MOST_SAMPLERS = 1024
+"""A simulation takes longer the more there are; of so many it takes seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -214,7 +216,8 @@ def _set_ups(config: RunConfig, trace: Trace, question: Question) -> Iterator[Se
     samplers = question.samplers or tuple(sorted({own.num_samplers, *SAMPLERS}))
     if question.gpus is not None and not question.samplers:
         # What is left beside the ranks, too: a total is there to be used.
-        samplers = tuple(sorted({*samplers, *((question.gpus - number) // each for number in ranks)}))
+        left = (min((question.gpus - number) // each, MOST_SAMPLERS) for number in ranks)
+        samplers = tuple(sorted({*samplers, *left}))
     most = (question.cpus or trace.cores) if trace.on_cpu else None
     if most is not None:
         # More actors than cores only take from each other.

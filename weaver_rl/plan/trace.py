@@ -136,7 +136,7 @@ def read_trace(path: Path, *, max_steps: int = MAX_STEPS) -> Trace:
     folder = RunFolder(path)
     config = _config(folder)
     status = folder.read_status()
-    train = [line for line in read_metrics(folder.metrics_file) if line.phase == "train"]
+    train = [line for line in read_metrics(folder.metrics_file) if line.is_training]
     is_running = status is not None and status.state == "running" and folder.is_claimed()
     ended = status is not None and status.state == "finished"
     # The last steps of a run find nothing left to sample ahead.

@@ -29,6 +29,10 @@ class RunData:
     lines: tuple[MetricsLine, ...]
     steps: StepRange = EVERY_STEP
     """Which steps the report is about; `lines` has no others."""
+    is_part: bool = False
+    """Whether the run has other steps, too."""
+    began_s: float = 0.0
+    """When the first of `lines` began, in seconds since the start of the run."""
 
     @property
     def name(self) -> str:
@@ -56,13 +60,17 @@ def read_run(run_dir: Path, steps: StepRange = EVERY_STEP) -> RunData:
     state = "stopped" if status is None else status.state
     if state == "running" and not folder.is_claimed():
         state = "stopped"
+    every = list(read_metrics(folder.metrics_file))
+    lines = tuple(line for line in every if line.step in steps)
     return RunData(
         folder=folder,
         status=status,
         state=state,
         config=_read_config(folder),
-        lines=tuple(line for line in read_metrics(folder.metrics_file) if line.step in steps),
+        lines=lines,
         steps=steps,
+        is_part=len(lines) < len(every),
+        began_s=max((line.time_s for line in every if lines and line.step < lines[0].step), default=0.0),
     )
 
 

@@ -7,6 +7,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 
 from weaver_rl.report.run_data import RunData, flat
 
@@ -20,31 +21,27 @@ def header(runs: Sequence[RunData]) -> str:
             f'<span class="run c{number}">{html.escape(run.name)} {_state(run)}</span>'
             for number, run in enumerate(runs)
         )
-        return f'<h1>{len(runs)} runs</h1><p class="runs">{chips}</p>' + "".join(map(_banner, runs))
+        only = f'<p class="under">{runs[0].steps.in_words()} only</p>' if any(run.is_part for run in runs) else ""
+        return f'<h1>{len(runs)} runs</h1>{only}<p class="runs">{chips}</p>' + "".join(map(_banner, runs))
     run = runs[0]
     return f'<h1>{html.escape(run.name)}</h1>{_state(run)}<p class="under">{html.escape(_about(run))}</p>{_banner(run)}'
 
 
 def tiles(run: RunData) -> str:
     """The figures of one run that people ask for first."""
-    accuracy = run.points("eval/accuracy")
-    warm = run.points("eval/accuracy", "warm_start")
     reward = run.points("reward/mean")
     speed = [value for _, value in run.points("tokens_per_s", "train")]
-    shown: list[tuple[str, str, str]] = []
-    if accuracy:
-        start, word = (warm[-1][1], "after warm start") if warm else (accuracy[0][1], f"at step {accuracy[0][0]:.0f}")
-        end = "accuracy at the end" if run.state == "finished" else "last accuracy"
-        shown += [(f"{accuracy[-1][1]:.3f}", end, ""), (f"{start:.3f}", f"accuracy {word}", "")]
+    shown = _accuracy_tiles(run)
     if reward:
-        shown.append((f"{reward[-1][1]:.3f}", "mean reward, last step", f"from {reward[0][1]:.3f}"))
+        last = f"step {reward[-1][0]:.0f}" if run.is_part else "last step"
+        shown.append((f"{reward[-1][1]:.3f}", f"mean reward, {last}", f"from {reward[0][1]:.3f}"))
     if speed:
         shown.append((f"{statistics.median(speed):,.0f}", "tokens/s, median step", ""))
     if run.lines:
-        shown.append((duration(run.lines[-1].time_s), "wall time", ""))
+        shown.append((_wall_time(run), "wall time of these steps" if run.is_part else "wall time", ""))
         num_warm = len(run.of_phase("warm_start"))
         more = f"+ {num_warm:,} of warm start" if num_warm else ""
-        shown.append((f"{len(run.lines) - num_warm:,}", "training steps", more))
+        shown.append((_num_training(run), "training steps shown" if run.is_part else "training steps", more))
     cells = (
         f'<div class="tile"><b>{value}</b><span>{what}</span>{f"<span>{more}</span>" if more else ""}</div>'
         for value, what, more in shown
@@ -52,10 +49,26 @@ def tiles(run: RunData) -> str:
     return f'<div class="tiles">{"".join(cells)}</div>' if shown else ""
 
 
+def _accuracy_tiles(run: RunData) -> list[tuple[str, str, str]]:
+    """The last of the steps that are shown, and where training began, or the first of them."""
+    accuracy = run.points("eval/accuracy")
+    if not accuracy:
+        return []
+    (first, start), (last, end) = accuracy[0], accuracy[-1]
+    since = "before training" if first == 0 else f"at step {first:.0f}"
+    if warm := run.points("eval/accuracy", "warm_start"):
+        since, (_, start) = "after warm start", warm[-1]
+    until = "accuracy at the end" if run.state == "finished" else "last accuracy"
+    if run.is_part:
+        until = f"accuracy at step {last:.0f}"
+    return [(f"{end:.3f}", until, ""), (f"{start:.3f}", f"accuracy {since}", "")]
+
+
 def final_figures(runs: Sequence[RunData]) -> str:
-    """The last figures of several runs side by side."""
+    """The last figures of several runs side by side, or those of the steps that are shown."""
     rows = [(title, [read(run) for run in runs]) for title, read in _FIGURES]
-    return _table("Final figures", [run.name for run in runs], [row for row in rows if any(row[1])])
+    title = f"Figures of {runs[0].steps.in_words()}" if any(run.is_part for run in runs) else "Final figures"
+    return _table(title, [run.name for run in runs], [row for row in rows if any(row[1])])
 
 
 def differences(runs: Sequence[RunData]) -> str:
@@ -119,7 +132,8 @@ def _state(run: RunData) -> str:
 
 def _about(run: RunData) -> str:
     model = run.config.get("model")
-    about = [f"model {model['name']}"] if isinstance(model, dict) and "name" in model else []
+    about = [f"{run.steps.in_words()} only"] if run.is_part else []
+    about += [f"model {model['name']}"] if isinstance(model, dict) and "name" in model else []
     for key in ("advantage", "correction"):
         section = run.config.get(key)
         if isinstance(section, dict) and section.get("name") not in (None, "none"):
@@ -141,10 +155,18 @@ def _clock(seconds: float) -> str:
     return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
-def _last(name: str, digits: int = 3) -> Callable[[RunData], str]:
+def _wall_time(run: RunData) -> str:
+    return duration(run.lines[-1].time_s - run.began_s) if run.lines else ""
+
+
+def _num_training(run: RunData) -> str:
+    return f"{sum(line.is_training for line in run.lines):,}"
+
+
+def _last(name: str) -> Callable[[RunData], str]:
     def read(run: RunData) -> str:
         points = run.points(name)
-        return f"{points[-1][1]:.{digits}g}" if points else ""
+        return f"{points[-1][1]:.3g}" if points else ""
 
     return read
 
@@ -157,18 +179,23 @@ def _over(name: str, what: Callable[[Sequence[float]], float], form: str) -> Cal
     return read
 
 
-def _first_accuracy(run: RunData) -> str:
-    points = run.points("eval/accuracy")
-    return f"{points[0][1]:.3f}" if points else ""
+def _accuracy(what: Callable[[Sequence[float]], float]) -> Callable[[RunData], str]:
+    """Over all phases: a policy may be at its best before it is trained."""
+
+    def read(run: RunData) -> str:
+        values = [value for _, value in run.points("eval/accuracy")]
+        return f"{what(values):.3f}" if values else ""
+
+    return read
 
 
 _FIGURES: tuple[tuple[str, Callable[[RunData], str]], ...] = (
     ("state", lambda run: run.state),
-    ("training steps", lambda run: f"{len(run.of_phase('train')):,}"),
-    ("wall time", lambda run: duration(run.lines[-1].time_s) if run.lines else ""),
-    ("accuracy, first measured", _first_accuracy),
-    ("accuracy, last", _last("eval/accuracy")),
-    ("accuracy, best", _over("eval/accuracy", max, ".3f")),
+    ("training steps", _num_training),
+    ("wall time", _wall_time),
+    ("accuracy, first measured", _accuracy(itemgetter(0))),
+    ("accuracy, last", _accuracy(itemgetter(-1))),
+    ("accuracy, best", _accuracy(max)),
     ("mean reward, last step", _last("reward/mean")),
     ("completion length, last step", _last("rollout/length_mean")),
     ("sampled tokens", _over("sampler/num_tokens", sum, ",.0f")),

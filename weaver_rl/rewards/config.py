@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
 from pydantic import Field, field_validator
 
+from weaver_rl.custom_resources import CustomResources
 from weaver_rl.errors import ConfigError
 from weaver_rl.section import Section
 
@@ -36,7 +38,7 @@ class RewardSpec(Section):
     args: dict[str, Any] = Field(default_factory=dict)
     """Keyword arguments of the function, or of the class's constructor."""
     label: str | None = Field(default=None, min_length=1)
-    """The name it is recorded under, unique in the run; null is `name`."""
+    """The name it is recorded under, unique in the run and without control characters; null is `name`."""
     timeout_s: float | None = Field(default=None, gt=0)
     """Seconds one rollout may take, null: `reward_workers.timeout_s`. A batched function gets this per rollout."""
 
@@ -46,6 +48,13 @@ class RewardSpec(Section):
         if problem := problem_with_name(name):
             raise ConfigError(problem)
         return name
+
+    @field_validator("name", "label")
+    @classmethod
+    def _fits_in_a_line(cls, text: str | None) -> str | None:
+        if text is not None and any(unicodedata.category(sign) == "Cc" for sign in text):
+            raise ConfigError(f"{text!r} has a line break, a tab or another control character; metrics are named by it")
+        return text
 
     @property
     def component_name(self) -> str:
@@ -58,6 +67,9 @@ class RewardWorkersConfig(Section):
 
     num_workers: int = Field(default=2, ge=1)
     """Worker processes in the run."""
+    resources: CustomResources = Field(default_factory=dict)
+    """Custom resources of Ray for each worker, as `learner.resources`: `{reward: 1}`. Without, they reserve nothing and
+    spread over all nodes, the head and those with GPUs too, which no autoscaler gives back while one is there."""
     timeout_s: float = Field(default=10.0, gt=0)
     """Seconds one reward function may take for one rollout before its process is killed."""
     memory_limit_mb: int = Field(default=1024, ge=16)
