@@ -43,10 +43,9 @@ mkdir -p "$DISKS/$node-$SLURM_JOB_ID/session_latest/logs"
 echo "raylet of $node" >"$DISKS/$node-$SLURM_JOB_ID/session_latest/logs/raylet.out"
 [ "$node" != "${STUB_BROKEN:-}" ] || { echo "cannot start"; exit 1; }
 [ "$node" != "${STUB_LATE:-}" ] || late=yes
+trap 'rm -f "$NODES/$node"; echo "ray ended on $node" >>"$CALLS"; exit 0' TERM
 [ -n "${late:-}" ] || echo $$ >"$NODES/$node"
-trap 'rm -f "$NODES/$node"; echo "ray ended on $node" >>"$CALLS"; kill $! 2>/dev/null; exit 0' TERM
-sleep 300 &
-wait""",
+while :; do sleep 0.1 & wait "$!"; done""",
     "weaver-rl": """
 echo "weaver-rl $*" >>"$CALLS"
 case "$1" in
@@ -58,14 +57,13 @@ echo "$RAY_AUTH_MODE:$RAY_AUTH_TOKEN" >>"$NODES/../tokens"
 case "${STUB_TRAIN:-ends}" in
   ends) exit 0 ;;
   fails) exit 1 ;;
-  waits) trap 'echo "train stopped" >>"$CALLS"; kill $! 2>/dev/null; exit 130' TERM ;;
+  waits) trap 'echo "train stopped" >>"$CALLS"; exit 130' TERM ;;
   ignores) trap '' TERM ;;
 esac
 echo $$ >"$NODES/../train"
 echo "train runs" >>"$CALLS"
 [ "$STUB_TRAIN" != ignores ] || exec sleep 300
-sleep 300 &
-wait""",
+while :; do sleep 0.1 & wait "$!"; done""",
     # Each node has a /tmp of its own.
     "rm": 'exec /bin/rm "${@//\\/tmp\\/slurm-weaver-rl/$DISKS/$SLURMD_NODENAME}"',
     "cp": 'exec /bin/cp "${@//\\/tmp\\/slurm-weaver-rl/$DISKS/$SLURMD_NODENAME}"',
