@@ -2,7 +2,8 @@
 
 Stores have no locks that every one of them offers, so two that ask in the same second may both believe for a moment:
 the one whose record was overwritten finds that out at its next renewal, and stops writing. What is being written at
-that moment gets there all the same.
+that moment gets there all the same. Before `begin` a holder changes nothing but the record: when it gives up by then,
+a holder before it that lives all the same has the lease again.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from weaver_rl.remote_folder import RemoteFolder
 NAME = "lease.json"
 RENEW_EVERY_S = 10.0
 STALE_AFTER_S = 90.0
-"""Nobody who lives is silent for so long."""
+"""Nobody who lives is silent for so long; of a holder on this machine its process is asked instead."""
 SETTLE_S = 1.0
 WATCH_S = 2.5 * RENEW_EVERY_S
 """For a record of another machine that looks old or of the future: a clock may be wrong, and its holder live."""
@@ -59,11 +60,11 @@ class LeaseRecord:
 
     def is_held(self, now: float) -> bool:
         """Whether its holder may still be at work."""
-        if self.is_released or now - self.renewed_at > STALE_AFTER_S:
+        if self.is_released:
             return False
-        if self.machine != this_machine():
-            return True
-        return process_state(self.pid, self.process_started_at) not in (GONE, ZOMBIE)
+        if self.machine == this_machine():  # it may have been paused, or the store out of its reach, for long
+            return process_state(self.pid, self.process_started_at) not in (GONE, ZOMBIE)
+        return now - self.renewed_at <= STALE_AFTER_S
 
     def who(self, now: float) -> str:
         """Its holder, in words."""
@@ -99,14 +100,12 @@ class Lease:
         self.remote = remote
         self._clock = clock
         self._renew_every_s = renew_every_s
-        pid = os.getpid()
         self._record = LeaseRecord(
             holder=uuid.uuid4().hex,
             staging="",
             host=socket.gethostname(),
             machine=this_machine(),
-            pid=pid,
-            process_started_at=start_time(pid),
+            pid=os.getpid(),
             renewed_at=clock(),
         )
         self._staging = staging
@@ -118,16 +117,27 @@ class Lease:
         """Why nothing more may be written; None: all is well."""
         self._renewed_at = -math.inf
 
-    def take(self) -> LeaseRecord | None:
-        """Takes the lease; returns the record before it.
+    def find(self) -> LeaseRecord | None:
+        """The record there is, for `take`; writes nothing.
+
+        Raises:
+            ConfigError: another process holds the lease.
+        """
+        found = read_lease(self.remote)
+        if found is not None and self._is_in_use(found):
+            raise ConfigError(self._refusal(found))
+        return found
+
+    def take(self, before: LeaseRecord | None) -> None:
+        """Takes the lease if the record is still the one that `find` returned.
 
         Raises:
             ConfigError: another process holds it.
         """
-        before = read_lease(self.remote)
+        now = read_lease(self.remote)
+        if now != before:
+            raise ConfigError(self._refusal(now or self._record))
         if before is not None:
-            if self._is_in_use(before):
-                raise ConfigError(self._refusal(before))
             self._record = replace(self._record, staging=before.staging, complete_at=before.complete_at)
         self._write(is_released=False)
         time.sleep(self._settle_s)
@@ -135,19 +145,26 @@ class Lease:
         if now is None or now.holder != self._record.holder:
             raise ConfigError(self._refusal(now or self._record))
         self._thread.start()
-        return before
 
-    def begin(self) -> None:
-        """Says that from now on the holder's staging folder is the one that has everything."""
+    def begin(self, *, is_new_run: bool = False) -> None:
+        """Says that from now on the holder's staging folder is the one that has everything.
+
+        Args:
+            is_new_run: nothing that was written here before is of it.
+        """
         self.confirm()
-        self._record = replace(self._record, staging=self._staging)
+        complete_at = None if is_new_run else self._record.complete_at
+        self._record = replace(self._record, staging=self._staging, complete_at=complete_at)
         self._write(is_released=False)
 
     def confirm(self) -> None:
-        """Raises FilesError when another process has it by now."""
-        now = read_lease(self.remote)
+        """Raises FilesError when another process has it by now; one that gave up before it began does not count."""
+        now = None if self.lost is not None else read_lease(self.remote)
         if now is not None and now.holder != self._record.holder:
-            self.lost = f"process {now.pid} on {now.host} has taken over {self.remote.url}"
+            if now.is_released and now.staging == self._record.staging:
+                self._write(is_released=False)
+            else:
+                self.lost = f"process {now.pid} on {now.host} has taken over {self.remote.url}"
         if self.lost is not None:
             raise FilesError(self.lost)
 
@@ -202,7 +219,10 @@ class Lease:
 
     def _write(self, *, is_released: bool) -> None:
         now = self._clock()
-        content = asdict(self._record) | {"renewed_at": now, "is_released": is_released}
+        # When a process was started is told by the clock of now, which may have been set since.
+        started_at = start_time(self._record.pid)
+        changes = {"process_started_at": started_at, "renewed_at": now, "is_released": is_released}
+        content = asdict(self._record) | changes
         self.remote.write(NAME, json.dumps(content, indent=2).encode() + b"\n")
         self._renewed_at = now
 

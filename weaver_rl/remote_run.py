@@ -57,8 +57,8 @@ def mirrored(
 
     Args:
         keep: how many checkpoints stay at the URL.
-        check: raises when the run, which is in the folder but for its checkpoint, must not be resumed. Nothing was
-            removed at the URL by then.
+        check: raises when the run, which is in the folder but for its checkpoint, must not be resumed. Nothing of the
+            run was changed at the URL by then.
         in_peace: what the last upload is done in, so that no signal cuts it off.
 
     Raises:
@@ -68,11 +68,17 @@ def mirrored(
     if not isinstance(place, str):
         yield None
         return
+    refuse_both(resume=resume, overwrite=overwrite)
     remote = RemoteFolder(place)
+    _refuse_claimed(folder)
     is_new = not folder.path.exists()
     lease = Lease(remote, _staging_id(folder.path))
     try:
-        before = lease.take()
+        # All refusals that need no lease come before it: a holder that only seems to be dead would notice it.
+        before = lease.find()
+        sizes = remote.sizes()
+        _refuse(remote, folder, before, sizes, resume, overwrite, check)
+        lease.take(before)
     except BaseException as error:
         if is_new:
             _forget(folder)
@@ -82,9 +88,9 @@ def mirrored(
     if before is not None and not before.is_released:
         tell(f"{place} was held by process {before.pid} on {before.host}, which is dead or silent: taken over")
     try:
-        refuse_both(resume=resume, overwrite=overwrite)
-        sent = _begin(lease, folder, before, resume, overwrite, tell, check)
-        lease.begin()
+        sent, undone = _begin(remote, folder, before, sizes, resume, overwrite, tell, check)
+        lease.begin(is_new_run=not resume)
+        lease.remove(undone)
         mirror = RunMirror(folder, remote, lease, keep=keep, sent=sent, tell=tell)
         mirror.start()
     except BaseException:
@@ -115,85 +121,106 @@ def _end(
             raise
         tell(str(error))  # the reason that the run failed for must not be hidden
         return
-    # Before the release: who has the lease next on this machine works in a folder of the same name.
-    shutil.rmtree(folder.path, ignore_errors=True)
+    if folder.is_claimed():
+        tell(f"{folder.path} stays: another live run works in it")
+    else:
+        # Before the release: who has the lease next on this machine works in a folder of the same name.
+        shutil.rmtree(folder.path, ignore_errors=True)
     try:
         lease.release()
     except FilesError as error:
         tell(f"everything is at {url}, but the claim could not be given up and ends by itself: {error}")
 
 
-def _begin(
-    lease: Lease,
+def _refuse(
+    remote: RemoteFolder,
     folder: RunFolder,
     before: LeaseRecord | None,
+    sizes: dict[str, int],
+    resume: bool,
+    overwrite: bool,
+    check: Callable[[], object],
+) -> None:
+    """Raises ConfigError for a wish that does not fit what is in the staging folder and at the URL."""
+    there = _is_run(sizes)
+    if resume:
+        if _goes_on_here(folder, before, there):
+            check()
+        elif not there:
+            raise ConfigError(f"nothing to resume: {remote.url} holds no run. Leave out --resume to start one there")
+    elif there and not overwrite:
+        raise ConfigError(
+            f"run_dir: {remote.url} already holds a run. Continue it with --resume, keep it by giving another "
+            "`run_dir`, or replace it with --overwrite"
+        )
+    elif folder.holds_run() and not overwrite:
+        raise ConfigError(
+            f"run_dir: {folder.path} holds a run that was not uploaded to {remote.url}. Continue it with --resume, "
+            "or replace it with --overwrite"
+        )
+
+
+def _is_run(sizes: dict[str, int]) -> bool:
+    return "run.json" in sizes or "metrics.jsonl" in sizes
+
+
+def _goes_on_here(folder: RunFolder, before: LeaseRecord | None, there: bool) -> bool:
+    """Whether a run that is resumed has nothing at the URL that is not in the staging folder."""
+    return folder.holds_run() and (before is None or before.staging == _staging_id(folder.path) or not there)
+
+
+def _begin(
+    remote: RemoteFolder,
+    folder: RunFolder,
+    before: LeaseRecord | None,
+    sizes: dict[str, int],
     resume: bool,
     overwrite: bool,
     tell: Callable[[str], None],
     check: Callable[[], object],
-) -> dict[str, Stamp]:
-    """Makes staging folder and URL agree; returns the files that are in both."""
-    remote = lease.remote
-    sizes = remote.sizes()
-    there = "run.json" in sizes or "metrics.jsonl" in sizes
-    if overwrite and not resume:
-        own = [name for name in sizes if folder.is_own(name) or name.split("/")[0] == SCRATCH_DIRECTORY]
-        _clear(folder.path)  # first, as it may refuse
-        # run.json last: what a crash leaves still says that it holds a run.
-        lease.remove(sorted(own, key=lambda name: name == folder.status_file.name))
-        return {}
+) -> tuple[dict[str, Stamp], list[str]]:
+    """Makes the staging folder ready; returns the files that are in both, and those to be removed at the URL."""
     if not resume:
-        if there:
-            raise ConfigError(
-                f"run_dir: {remote.url} already holds a run. Continue it with --resume, keep it by giving another "
-                "`run_dir`, or replace it with --overwrite"
-            )
-        if folder.holds_run():
-            raise ConfigError(
-                f"run_dir: {folder.path} holds a run that was not uploaded to {remote.url}. Continue it with --resume, "
-                "or replace it with --overwrite"
-            )
+        own = [name for name in sizes if folder.is_own(name) or name.split("/")[0] == SCRATCH_DIRECTORY]
         _clear(folder.path)
-        return {}
-    if folder.holds_run() and (before is None or before.staging == _staging_id(folder.path) or not there):
+        # run.json last: what a crash leaves still says that it holds a run.
+        return {}, sorted(own, key=lambda name: name == folder.status_file.name) if overwrite else []
+    if _goes_on_here(folder, before, _is_run(sizes)):
         tell(f"{folder.path} has what was not uploaded to {remote.url}; the run goes on from there")
-        check()
         # Not what only the URL has: it is from another machine, and of before this one went on.
         both = [name for name in sizes if name.split("/")[0] != CHECKPOINTS and (folder.path / name).is_file()]
-        return dict.fromkeys(both, UNKNOWN)
-    if not there:
-        raise ConfigError(f"nothing to resume: {remote.url} holds no run. Leave out --resume to start one there")
+        return dict.fromkeys(both, UNKNOWN), []
     if folder.holds_run():
         tell(f"{folder.path} is older than what another machine left at {remote.url}, and replaced by that")
     _clear(folder.path)
     try:
-        return _bring(lease, folder, before, sizes, tell, check)
+        return _bring(remote, folder, before, sizes, tell, check)
     except BaseException:
         _clear(folder.path)  # a part of a run must not be taken for one
         raise
 
 
 def _bring(
-    lease: Lease,
+    remote: RemoteFolder,
     folder: RunFolder,
     before: LeaseRecord | None,
     sizes: dict[str, int],
     tell: Callable[[str], None],
     check: Callable[[], object],
-) -> dict[str, Stamp]:
-    """Downloads what a run that goes on needs into an empty folder; returns what is the same in both."""
+) -> tuple[dict[str, Stamp], list[str]]:
+    """Downloads what a run that goes on needs into an empty folder; returns what `_begin` does."""
     # What a run that goes on reads or appends to. Not the rollouts, which it only adds to.
     continued = (SCRATCH_DIRECTORY, folder.spans.name, folder.tracking.name)
     wanted = [name for name in sizes if name != LEASE_FILE and ("/" not in name or name.split("/")[0] in continued)]
-    sent = download_run(lease.remote, folder.path, wanted)
+    sent = download_run(remote, folder.path, wanted)
     check()
-    step = download_checkpoint(lease.remote, folder.path, sizes, tell)
+    step = download_checkpoint(remote, folder.path, sizes, tell)
     if before is not None and not before.is_released:
         tell(_what_is_missing(before, step))
-    if step is not None:
-        # The run makes these again: what is truncated here is not known to be there.
-        lease.remove([name for name in sizes if (match := _ROLLOUTS.fullmatch(name)) and int(match[1]) > step])
-    return sent
+    if step is None:
+        return sent, []
+    # The run makes these again: what is truncated here is not known to be there.
+    return sent, [name for name in sizes if (match := _ROLLOUTS.fullmatch(name)) and int(match[1]) > step]
 
 
 def _what_is_missing(before: LeaseRecord, step: int | None) -> str:
@@ -206,10 +233,17 @@ def _what_is_missing(before: LeaseRecord, step: int | None) -> str:
     return f"{upload}, and {checkpoint}; what it did since then is at most in its own folder on {before.host}"
 
 
+def _refuse_claimed(folder: RunFolder) -> None:
+    if folder.is_claimed():
+        raise ConfigError(
+            f"run_dir: {folder.path}, which this run would work in, is in use by a live run; wait for it, stop it, or "
+            "give another `run_dir`"
+        )
+
+
 def _clear(staging: Path) -> None:
     """Empties the staging folder but for what says which one it is."""
-    if RunFolder(staging).is_claimed():
-        raise ConfigError(f"run_dir: {staging}, which this run would work in, is in use by a live run; wait for it")
+    _refuse_claimed(RunFolder(staging))
     for path in staging.iterdir() if staging.is_dir() else ():
         if path.name not in (STAGING_ID, ".lock"):
             shutil.rmtree(path) if path.is_dir() else path.unlink()

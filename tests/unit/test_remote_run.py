@@ -308,7 +308,7 @@ def test_two_runs_at_one_url_are_refused():
     with mirrored(URL, RunFolder(staging_folder(URL)), resume=False, overwrite=False, keep=2, tell=print):
         lease = Lease(RemoteFolder(URL), "another")
         with pytest.raises(ConfigError, match=rf"in use by a live run \(process \d+ on {socket.gethostname()}"):
-            lease.take()
+            lease.take(lease.find())
 
 
 @pytest.mark.parametrize(
@@ -320,18 +320,27 @@ def test_two_runs_at_one_url_are_refused():
         ({"renewed_at": time.time() + 3600}, False),
         ({"machine": this_machine(), "pid": 2**22 + 1}, False),
         ({"machine": this_machine(), "pid": os.getpid(), "renewed_at": time.time() + 3600}, True),
+        ({"machine": this_machine(), "pid": os.getpid(), "renewed_at": 0.0}, True),
     ],
-    ids=["another machine", "silent", "released", "silent, of the future", "killed here", "lives here, of the future"],
+    ids=[
+        "another machine",
+        "silent",
+        "released",
+        "silent, of the future",
+        "killed here",
+        "lives here, of the future",
+        "lives here, silent",
+    ],
 )
 def test_a_lease_is_held_by_who_may_live(changes: dict[str, object], is_held: bool):
     record(**changes)
     lease = Lease(RemoteFolder(URL), "mine")
     if is_held:
-        said = rf"\d+ on node-7, (which said so 0 s ago|whose record is 3\d+ s ahead).*ends {STALE_AFTER_S:.0f} s"
+        said = rf"\d+ on node-7, (which said so \d+ s ago|whose record is 3\d+ s ahead).*ends {STALE_AFTER_S:.0f} s"
         with pytest.raises(ConfigError, match=said):
-            lease.take()
+            lease.take(lease.find())
     else:
-        lease.take()
+        lease.take(lease.find())
         lease.release()
         after = read_lease(RemoteFolder(URL))
         assert after is not None
@@ -341,7 +350,7 @@ def test_a_lease_is_held_by_who_may_live(changes: dict[str, object], is_held: bo
 def test_who_lost_the_lease_stops_uploading_and_says_so(run: Run):
     remote = RemoteFolder(URL)
     lease = Lease(remote, "mine", renew_every_s=0.01)
-    lease.take()
+    lease.take(lease.find())
     said: list[str] = []
     mirror = RunMirror(run.folder, remote, lease, keep=2, tell=said.append, every_s=0.01)
     record()

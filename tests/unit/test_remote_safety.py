@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from weaver_rl import lease as lease_module
 from weaver_rl import remote_run, run_mirror
 from weaver_rl.config import load_config
 from weaver_rl.errors import ConfigError, FilesError
-from weaver_rl.lease import Lease, read_lease
+from weaver_rl.lease import Lease, LeaseRecord, read_lease, this_machine
 from weaver_rl.remote_folder import RemoteFolder
 from weaver_rl.remote_run import mirrored
 from weaver_rl.run_folder import RunFolder
@@ -143,7 +144,7 @@ def test_who_lost_the_lease_removes_and_writes_nothing_more(tmp_path: Path):
     remote = RemoteFolder(URL)
     run = Run(RunFolder(tmp_path / "run"))
     lease = Lease(remote, "mine", renew_every_s=100.0)
-    lease.take()
+    lease.take(lease.find())
     mirror = RunMirror(run.folder, remote, lease, keep=2)
     run.step(1)
     run.checkpoint(1)
@@ -189,7 +190,7 @@ def made_for(lease: Lease, folder: Path) -> RunMirror:
     run.folder.spans.mkdir()
     for name in ("a", "b"):
         (run.folder.spans / name).write_text("x")
-    lease.take()
+    lease.take(lease.find())
     return RunMirror(run.folder, RemoteFolder(URL), lease, keep=2)
 
 
@@ -295,7 +296,7 @@ def test_who_is_taken_over_before_it_began_changes_nothing(monkeypatch: pytest.M
 @pytest.mark.parametrize("write", [Lease.begin, Lease.release])
 def test_the_record_of_a_successor_stays(write: Callable[[Lease], None]):
     lease = Lease(RemoteFolder(URL), "mine", renew_every_s=1000.0)
-    lease.take()
+    lease.take(lease.find())
     record()
     with pytest.raises(FilesError, match="node-7 has taken over"):
         write(lease)
@@ -349,7 +350,7 @@ def test_a_holder_whose_clock_is_wrong_is_seen_to_live(monkeypatch: pytest.Monke
     lease = Lease(remote, "mine", watch_s=0.01)
     monkeypatch.setattr(lease_module.time, "sleep", lambda seconds: seconds and record(renewed_at=renewed_at + 10))
     with pytest.raises(ConfigError, match="in use by a live run"):
-        lease.take()
+        lease.take(lease.find())
 
 
 def test_the_folder_is_gone_before_somebody_else_may_make_it():
@@ -441,6 +442,137 @@ def test_a_refused_overwrite_removes_nothing_at_the_url():
     with here().held(), pytest.raises(ConfigError, match="in use by a live run"), held(overwrite=True):
         pass
     assert stored() == before
+
+
+def at_url() -> LeaseRecord:
+    found = read_lease(RemoteFolder(URL))
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize(
+    "machine_of_record", [this_machine(), "another"], ids=["its process lives", "it has its folder"]
+)
+@pytest.mark.parametrize("wish", ["resume", "overwrite"])
+def test_a_run_that_was_silent_for_long_is_left_alone_on_its_machine(machine_of_record: str, wish: str):
+    with held() as mirror:
+        assert mirror is not None
+        began(here())
+        mirror.upload()
+        mine = at_url()
+        record(machine=machine_of_record, pid=os.getpid(), staging=mine.staging, renewed_at=5.0)
+        before = at_url()
+        claim = nullcontext() if machine_of_record == this_machine() else here().held()
+        with claim, pytest.raises(ConfigError, match="in use by a live run"), held(**{wish: True}):
+            pass
+        assert here().metrics_file.read_text() == "1\n2\n3\n"
+        assert at_url() == before
+        record(holder=mine.holder)
+
+
+def test_a_record_tells_the_start_of_its_process_by_the_clock_of_now(monkeypatch: pytest.MonkeyPatch):
+    lease = Lease(RemoteFolder(URL), "mine", renew_every_s=1000.0)
+    lease.take(lease.find())
+    monkeypatch.setattr(lease_module, "start_time", lambda pid: 77.0)
+    lease.begin()
+    assert at_url().process_started_at == 77.0
+
+
+def test_the_folder_of_another_live_run_stays_when_a_second_one_ends(monkeypatch: pytest.MonkeyPatch):
+    left_behind()
+    monkeypatch.setattr(remote_run, "_refuse_claimed", lambda folder: None)  # it is claimed a moment later
+    said: list[str] = []
+    with here().held(), held(resume=True, tell=said.append):
+        pass
+    assert here().metrics_file.exists()
+    assert said[-1].endswith("stays: another live run works in it")
+
+
+@pytest.mark.parametrize(
+    ("wishes", "refusal"),
+    [
+        ({}, "already holds a run"),
+        ({"resume": True}, "another seed"),
+        ({"resume": True, "overwrite": True}, "both given"),
+    ],
+    ids=["no wish", "resume", "both"],
+)
+def test_who_is_refused_does_not_touch_the_lease(wishes: dict[str, bool], refusal: str):
+    left_behind()
+    before = at_url()
+
+    def refuse() -> None:
+        raise ConfigError("another seed")
+
+    with pytest.raises(ConfigError, match=refusal), held(**wishes, check=refuse):
+        pass
+    assert at_url() == before
+
+
+def test_a_record_that_changes_while_it_is_looked_at_is_not_overwritten():
+    lease = Lease(RemoteFolder(URL), "mine")
+    before = lease.find()
+    record()
+    with pytest.raises(ConfigError, match="in use by a live run"):
+        lease.take(before)
+    assert at_url().host == "node-7"
+
+
+@pytest.mark.parametrize(
+    ("changes", "is_lost"),
+    [
+        ({"staging": "mine", "is_released": True}, False),
+        ({"staging": "mine", "is_released": False}, True),
+        ({"staging": "another", "is_released": True}, True),
+    ],
+    ids=["gave up before it began", "has it", "began and ended"],
+)
+def test_only_who_began_or_may_begin_ends_the_uploads_of_a_run_before(changes: dict[str, Any], is_lost: bool):
+    lease = Lease(RemoteFolder(URL), "mine", renew_every_s=1000.0)
+    lease.take(lease.find())
+    lease.begin()
+    mine = at_url()
+    record(**changes)
+    if is_lost:
+        for _ in range(2):
+            with pytest.raises(FilesError, match="node-7 has taken over"):
+                lease.confirm()
+            record(staging="mine", is_released=True)  # too late
+    else:
+        lease.confirm()
+        assert (at_url().holder, at_url().is_released) == (mine.holder, False)
+
+
+@pytest.mark.parametrize("wish", ["resume", "overwrite"])
+def test_nothing_is_removed_at_the_url_before_the_record_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wish: str
+):
+    left_behind()
+    before = at_url()
+    stagings = []
+
+    def look(line: str) -> None:
+        if line.startswith("rm "):
+            StrictStore.before = None
+            stagings.append(at_url().staging)
+            StrictStore.before = look
+
+    move_to("second", tmp_path, monkeypatch)
+    StrictStore.before = look
+    with held(**{wish: True}):
+        StrictStore.before = None
+        (here().path / "run.json").write_text("{}")
+    assert stagings
+    assert before.staging not in stagings
+
+
+@pytest.mark.parametrize(("wish", "complete_at"), [("resume", 7.0), ("overwrite", None)])
+def test_a_new_run_has_no_complete_upload_of_the_run_before(wish: str, complete_at: float | None):
+    left_behind()
+    record(staging=at_url().staging, renewed_at=9.0, complete_at=7.0)
+    with held(**{wish: True}):
+        assert at_url().complete_at == complete_at
+        began(here())
 
 
 def test_names_at_a_url_do_not_lead_out_of_the_folder(tmp_path: Path):
