@@ -125,7 +125,7 @@ class LedgerKeeper:
         try:
             append_whole(self._path, "".join(row.to_json() for row in self._unwritten))
         except OSError:
-            del self._unwritten[:-MAX_UNWRITTEN_ROWS]
+            self._unwritten = _newest(self._unwritten)
             raise
         written, self._unwritten = self._unwritten, []
         self.last_rows = tuple(row for row in written if row.step == written[-1].step)
@@ -160,6 +160,12 @@ class LedgerKeeper:
             told.ended = [span for span in told.ended if span.end_s > before_s]
             if told.has_ended and told.until_s <= before_s:
                 del self._told[key]
+
+
+def _newest(rows: list[LedgerRow]) -> list[LedgerRow]:
+    """As many as are kept; a step that lost rows loses all."""
+    too_old = [row.step for row in rows[:-MAX_UNWRITTEN_ROWS]]
+    return [row for row in rows if not too_old or row.step > too_old[-1]]
 
 
 def _place(told: _Told) -> tuple[tuple[int, int, str], float]:

@@ -174,8 +174,7 @@ class MetricsWriter:
     ) -> None:
         self._path = folder.metrics_file
         self._clock = clock
-        self._tensorboard = TensorBoardEvents(folder.tensorboard)
-        self._sinks: tuple[MetricsSink, ...] = (self._tensorboard, *sinks)
+        self._sinks: tuple[MetricsSink, ...] = (TensorBoardEvents(folder.tensorboard), *sinks)
         self._file = self._open(up_to=None)
 
     def write(self, step: int, phase: Phase, values: Mapping[str, float]) -> None:
@@ -225,10 +224,7 @@ class MetricsWriter:
                 raise WeaverRLError(f"metric {name} is {value} in step {step} ({phase}); it must be finite")
 
     def close(self) -> None:
-        try:
-            self._file.close()
-        finally:
-            self._tensorboard.close()
+        self._file.close()
 
     def __enter__(self) -> Self:
         return self

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import io
+import itertools
 import logging
+import os
+import socket
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,9 +14,12 @@ from typing import Protocol
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
 from tensorboard.compat.proto.summary_pb2 import Summary
-from tensorboard.summary.writer.event_file_writer import EventFileWriter
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+from weaver_rl.run_folder import append_whole
 
 _log = logging.getLogger(__name__)
+_file_numbers = itertools.count()
 
 
 class MetricsSink(Protocol):
@@ -30,16 +36,20 @@ class MetricsSink(Protocol):
 
 
 class TensorBoardEvents:
-    """Event files that TensorBoard reads. One that cannot be written is a warning, once; the next step begins another.
+    """An event file that TensorBoard reads. One that cannot be written is a warning, once; every step tries again.
 
-    What was waiting to be written is lost with it: metrics.jsonl has every step.
+    What could not be written is lost: metrics.jsonl has every step.
+
+    Raises:
+        OSError: the file cannot be begun.
     """
 
     def __init__(self, directory: Path) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self._directory = directory
+        # TensorBoard knows a file by this name, and reads those of a folder in the order of their names.
+        place = f"{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_file_numbers)}"
+        self._path = directory / f"events.out.tfevents.{place}"
         self._has_warned = False
-        self._events: EventFileWriter | None = self._open()
+        self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
@@ -48,31 +58,24 @@ class TensorBoardEvents:
     def rewound(self, step: int) -> None:
         restart = SessionLog(status=SessionLog.START)
         # TensorBoard drops what it read before at or after the step of a START event.
-        self._add(Event(wall_time=time.time(), step=step + 1, session_log=restart), flush=True)
+        self._add(Event(wall_time=time.time(), step=step + 1, session_log=restart))
 
-    def close(self) -> None:
-        if self._events is not None:
-            with contextlib.suppress(Exception):  # boundary: the run has ended, nothing of it depends on this file
-                self._events.close()
-
-    def _open(self) -> EventFileWriter:
-        return EventFileWriter(str(self._directory), flush_secs=5)
-
-    def _add(self, event: Event, *, flush: bool = False) -> None:
+    def _add(self, event: Event) -> None:
         try:
-            if self._events is None:
-                self._events = self._open()
-            self._events.add_event(event)
-            if flush:
-                self._events.flush()
-        except Exception as error:  # noqa: BLE001 - boundary: whatever its writing thread died of, the run goes on
-            self._events = None
+            self._append(event)
+        except OSError as error:
             if not self._has_warned:
                 self._has_warned = True
                 _log.warning(
-                    "TensorBoard's events in %s cannot be written (%s: %s); another file is tried at every step, the "
-                    "run goes on",
-                    self._directory,
+                    "TensorBoard's events in %s cannot be written (%s: %s); it is tried again at every step, the run "
+                    "goes on",
+                    self._path.parent,
                     type(error).__name__,
                     error,
                 )
+
+    def _append(self, event: Event) -> None:
+        record = io.BytesIO()
+        RecordWriter(record).write(event.SerializeToString())
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        append_whole(self._path, record.getvalue())

@@ -49,10 +49,11 @@ def write_atomically(path: Path, content: bytes | str) -> None:
     fsync_directory(path.parent)
 
 
-def append_whole(path: Path, content: str) -> None:
+def append_whole(path: Path, content: bytes | str) -> None:
     """Adds all of it at the end or, on a full disk, nothing: the part would swallow what is added next."""
     with path.open("ab", buffering=0) as file:
-        size, rest = file.seek(0, os.SEEK_END), content.encode()
+        size = file.seek(0, os.SEEK_END)
+        rest = content.encode() if isinstance(content, str) else content
         try:
             while rest:
                 rest = rest[file.write(rest) :]

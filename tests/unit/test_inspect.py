@@ -174,6 +174,16 @@ def test_an_unknown_baseline_is_said_and_nothing_is_made_of_it(tmp_path):
     assert as_json["tokens"][0]["weight"]["equal"] is None
 
 
+def test_of_a_held_out_rollout_no_baseline_is_missed(tmp_path):
+    config = run_config(advantage={"name": "reinforce", "baseline_decay": 0.5})
+    make_run(tmp_path, steps=1, config=config)
+    record_step(tmp_path, config, 0, [], held_out=[group(config, 1, save_tokenizer(tmp_path), 1)])
+    step = RecordedStep.read(tmp_path, 0)
+    assert step.baseline_unknown is not None
+    held_out = explain(step, step.held_out[0].scored.rollout.rollout_id)
+    assert (held_out.notes, held_out.equal) == ((), True)
+
+
 def printed(found: Explanation, tokens=None) -> str:
     out = io.StringIO()
     rollout = found.record.scored.rollout

@@ -225,11 +225,14 @@ def test_a_ledger_that_could_not_be_written_is_made_up_for(run: Run):
     assert {row.step for row in run.write("sampler 0")} == {4}
 
 
-def test_of_a_ledger_that_can_never_be_written_little_is_kept(run: Run, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(ledger_keeper, "MAX_UNWRITTEN_ROWS", 4)
+@pytest.mark.parametrize(("limit", "kept"), [(4, [2, 2, 3, 3]), (3, [3, 3]), (1, [])])
+def test_of_a_ledger_that_can_never_be_written_few_whole_steps_are_kept(
+    run: Run, monkeypatch: pytest.MonkeyPatch, limit: int, kept: list[int]
+):
+    monkeypatch.setattr(ledger_keeper, "MAX_UNWRITTEN_ROWS", limit)
     three_steps_without_a_ledger(run)
     run.path.rmdir()
-    assert [row.step for row in run.write("sampler 0")] == [2, 2, 3, 3]
+    assert [row.step for row in run.write("sampler 0")] == kept
 
 
 def test_a_run_that_goes_back_forgets_rows_that_could_not_be_written(run: Run):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -108,15 +109,13 @@ def test_tensorboard_forgets_what_came_after_the_resumed_step(folder):
     assert scalars(folder, "loss") == [(1, 1.0), (2, 20.0)]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_tensorboard_that_cannot_write_warns_once_and_begins_another_file(folder, caplog):
+def test_tensorboard_that_cannot_write_warns_once_and_goes_on(folder, caplog):
     with MetricsWriter(folder) as writer:
         (events,) = folder.tensorboard.iterdir()
         events.unlink()
         events.mkdir()
-        writer.write(1, "train", {"loss": 1.0})
-        writer._tensorboard._events._async_writer._worker.join(10)
-        writer.write(2, "train", {"loss": 2.0})
+        for step in (1, 2):
+            writer.write(step, "train", {"loss": float(step)})
         writer.truncate_after(1)
         events.rmdir()
         for step in (2, 3):
@@ -126,26 +125,46 @@ def test_tensorboard_that_cannot_write_warns_once_and_begins_another_file(folder
     assert scalars(folder, "loss") == [(2, 20.0), (3, 30.0)]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_tensorboard_that_cannot_be_begun_again_or_closed_ends_no_run(folder, monkeypatch):
+def test_tensorboard_whose_folder_goes_away_ends_no_run(folder):
     with MetricsWriter(folder) as writer:
-        tensorboard = writer._tensorboard
-        (events,) = folder.tensorboard.iterdir()
-        events.unlink()
-        events.mkdir()
-        tensorboard.write(1, {"loss": 1.0})
-        tensorboard._events._async_writer._worker.join(10)
-        events.rmdir()
-        folder.tensorboard.rmdir()
+        shutil.rmtree(folder.tensorboard)
         folder.tensorboard.write_text("in the way")
         for step in (1, 2):
             writer.write(step, "train", {"loss": 1.0})
         folder.tensorboard.unlink()
         writer.write(3, "train", {"loss": 1.0})
-        monkeypatch.setattr(tensorboard._events, "close", FullDisk().close)
+    assert scalars(folder, "loss") == [(3, 1.0)]
 
 
-def test_a_file_that_cannot_be_closed_is_said_and_tensorboard_is_closed(folder):
+FULL = """
+import logging, resource, sys
+from pathlib import Path
+from weaver_rl.metrics_sinks import TensorBoardEvents
+logging.basicConfig(format="%(message)s")
+directory = Path(sys.argv[1])
+events = TensorBoardEvents(directory)
+events.write(1, {"loss": 1.0})
+(path,) = directory.iterdir()
+full = path.stat().st_size + 5, resource.RLIM_INFINITY
+resource.setrlimit(resource.RLIMIT_FSIZE, full)
+for step in range(2, 9):
+    events.write(step, {"loss": float(step)})
+resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+events.write(9, {"loss": 9.0})
+"""
+
+
+def test_on_a_full_disk_tensorboard_leaves_one_file_that_can_be_read_and_one_warning(folder):
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(folder.tensorboard)], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert [line.partition(" in ")[0] for line in done.stderr.splitlines()] == ["TensorBoard's events"]
+    assert len(list(folder.tensorboard.iterdir())) == 1
+    assert scalars(folder, "loss") == [(1, 1.0), (9, 9.0)]
+
+
+def test_a_file_that_cannot_be_closed_is_said(folder):
     writer = MetricsWriter(folder)
     writer.write(1, "train", {"loss": 1.0})
     writer._file.close()
@@ -154,7 +173,6 @@ def test_a_file_that_cannot_be_closed_is_said_and_tensorboard_is_closed(folder):
         writer.write(2, "train", {"loss": 1.0})
     with pytest.raises(OSError, match="No space left"):
         writer.close()
-    assert writer._tensorboard._events._async_writer._closed
 
 
 class FullDisk:

@@ -219,6 +219,42 @@ def test_wandb_gets_from_a_resumed_run_what_an_outage_kept_from_it_and_nothing_t
     assert found == expected(folder)
 
 
+TRIED_AGAIN = """
+import sys
+from pathlib import Path
+from test_tracking_services import *
+from wandb_server import wandb_server
+from weaver_rl.tracking import wandb_run
+wandb_run._START_TIMEOUT_S = 3.0
+hooks = sys.exit, sys.excepthook
+with wandb_server() as server:
+    os.environ["WANDB_BASE_URL"] = server.url
+    server.is_up = False
+    run = wandb_run.WandbRun(WandbConfig(project="p"))
+    for _ in range(2):
+        with pytest.raises(Exception, match="503"):
+            run.begin("abcdefgh", TrackedRun(name="a", directory=Path(sys.argv[1])))
+    assert hooks == (sys.exit, sys.excepthook)
+    server.is_up = True
+    begun = run.begin("abcdefgh", TrackedRun(name="a", directory=Path(sys.argv[1])))
+    assert run.begin(begun, TrackedRun(name="a", directory=Path(sys.argv[1]))) == begun  # what it returned was not kept
+    run.log(1, {"loss": 0.5})
+    run.end("finished", None)
+    assert [line["loss"] for line in server.lines.values() if "loss" in line] == [0.5]
+    run.give_up()
+"""
+
+
+def test_wandb_that_was_away_when_a_run_began_gets_it_later(tmp_path: Path):
+    pytest.importorskip("wandb")
+    known = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    known |= {"WANDB_API_KEY": "0" * 40, "WANDB_ERROR_REPORTING": "false", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", TRIED_AGAIN, str(tmp_path)], env=known, stderr=subprocess.PIPE, text=True, timeout=55
+    )
+    assert done.returncode == 0, done.stderr
+
+
 # -- MLflow ------------------------------------------------------------------------------------------------------------
 
 

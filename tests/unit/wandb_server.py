@@ -19,6 +19,7 @@ class WandbServer(http.server.ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Answers)
         self.lines: dict[int, dict[str, Any]] = {}
+        self.is_up = True
         self.takes_history = True
         self.has_run = False
 
@@ -59,7 +60,9 @@ class _Answers(http.server.BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = json.loads(self._body())
-        if not self.path.endswith("/file_stream"):
+        if not self.server.is_up:
+            self._answer({}, status=503)
+        elif not self.path.endswith("/file_stream"):
             self._answer({"data": self.server.answer(body["operationName"], body["variables"])})
         elif not self.server.takes_history:
             self._answer({}, status=503)

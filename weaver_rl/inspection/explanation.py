@@ -155,7 +155,7 @@ def explain(step: RecordedStep, rollout_id: str) -> Explanation:
     config = step.config
     counts = {spec.component_name: spec.weight for spec in config.rewards}
     notes: list[str] = []
-    if step.baseline_unknown is not None:
+    if record.phase == "train" and step.baseline_unknown is not None:
         notes.append(f"the running baseline is not known, so nothing is computed from it: {step.baseline_unknown}")
     entry: BatchEntry | None = None
     group = None

@@ -58,12 +58,17 @@ class WandbRun:
         directory = config.dir or run.directory
         directory.mkdir(parents=True, exist_ok=True)
         with self._beginning:
-            with self._starting:
-                if self._has_given_up:
-                    raise RuntimeError("nobody waits for W&B any longer")
-                wandb.setup()
-            self._run = self._init(wandb, run_id, run, directory)
-        return str(self._run.id)
+            if self._run is None:  # else it has begun, and what it returned was not kept
+                with self._starting:
+                    if self._has_given_up:
+                        raise RuntimeError("nobody waits for W&B any longer")
+                    _set_up(wandb)
+                try:
+                    self._run = self._init(wandb, run_id, run, directory)
+                except Exception:
+                    _tear_down(wandb)  # its process would hold the run's id, and every later try be refused
+                    raise
+            return str(self._run.id)
 
     def _init(self, wandb: Any, run_id: str | None, run: TrackedRun, directory: Path) -> Any:
         config = self._config
@@ -112,11 +117,29 @@ class WandbRun:
         # A beginning fails now that it has nobody to talk to; after the teardown it would start another process.
         if (wandb := sys.modules.get("wandb")) is not None and self._beginning.acquire(timeout=GIVE_UP_WITHIN_S):
             try:
-                wandb.teardown()
-            except Exception as error:  # noqa: BLE001 - boundary: else it fails when the process ends, with a traceback
-                _log.info("W&B was ended with its process killed: %s", error)
+                _tear_down(wandb)
             finally:
                 self._beginning.release()
+
+
+def _set_up(wandb: Any) -> None:
+    """Starts W&B's own process.
+
+    The hooks that come with it are taken away: each try would put its own around those of the one before, and an error
+    that ends the run be printed once for each. `end` says how the run ended.
+    """
+    hooks = sys.exit, sys.excepthook
+    try:
+        wandb.setup()
+    finally:
+        sys.exit, sys.excepthook = hooks
+
+
+def _tear_down(wandb: Any) -> None:
+    try:
+        wandb.teardown()
+    except Exception as error:  # noqa: BLE001 - boundary: else it fails when the process ends, with a traceback
+        _log.info("W&B was ended with its process killed: %s", error)
 
 
 def require_wandb_key(config: WandbConfig) -> None:
