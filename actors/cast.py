@@ -123,6 +123,11 @@ class Cast:
             )
         elif self._samplers is not None:
             self._samplers.scale(num_samplers)
+            if num_samplers < len(self._placement.sampler_names):
+                self.events.tell(
+                    f"the room of the {len(self._placement.sampler_names)} samplers that the run began with stays "
+                    "reserved until its end; that of added ones is given back"
+                )
 
     def facts(self) -> Mapping[str, Any]:
         """For `weaver-rl status`: every sampler with its process and what it does, where the last step's time went."""
@@ -222,8 +227,8 @@ class Cast:
     async def _restart_learner(self) -> Sequence[Any]:
         self._meter.add("weaver_rl_actor_losses_total", 1, role="learner")
         await self._actors.kill_learner()
-        await self._reservation.placed_again()
-        spawn_learner(self._actors, self._config.learner, self._placement, self._reservation.learner)
+        await self._reservation.placed_again(self._placement.learner_bundles)
+        spawn_learner(self._actors, self._config.learner, self._placement, self._reservation.group)
         await self._start_learner()
         if self._transport != "object_store":
             await self._connect()

@@ -236,9 +236,10 @@ def granted(placement: Placement, cluster: ClusterConfig, tell: Callable[[str], 
         if not cluster.autoscaling:
             raise
         tell(f"waiting up to {timeout_s:g} s for new nodes: {asked_and_available(placement, _available())}")
-    reservation = Reservation(placement, timeout_s)
+    group = placement_group([dict(bundle) for bundle in placement.bundles], strategy="PACK")
+    reservation = Reservation(placement, group, timeout_s)
     try:
-        if not reservation.is_granted():
+        if not _has_room(group, timeout_s):
             raise ResourcesError(f"after {timeout_s:g} s: " + shortage(placement, _available(), _live_nodes()))
         yield reservation
     finally:
@@ -246,87 +247,60 @@ def granted(placement: Placement, cluster: ClusterConfig, tell: Callable[[str], 
             reservation.give_back()
 
 
+def _has_room(group: PlacementGroup, timeout_s: float) -> bool:
+    """Whether Ray places it within the time."""
+    end = time.monotonic() + timeout_s
+    ready = group.ready()
+    what = f"the cluster to have room for {len(group.bundle_specs)} bundles"
+    with current_waits().waiting("controller", what, timeout_s=timeout_s, root=True):
+        # In slices: a signal is then acted upon at once.
+        while (left := end - time.monotonic()) > 0:
+            placed, _ = ray.wait([ready], timeout=min(left, SIGNALS_SEEN_WITHIN_S))
+            if placed:
+                return True
+    return False
+
+
 class Reservation:
-    """The bundles of a run: the learner ranks' together, and one for each sampler, which it may give back.
+    """The bundles of a run, and those of samplers that were added to it.
 
     Args:
         timeout_s: how long a bundle may take to be placed.
     """
 
-    def __init__(self, placement: Placement, timeout_s: float) -> None:
+    def __init__(self, placement: Placement, group: PlacementGroup, timeout_s: float) -> None:
+        self.group = group
         self._placement = placement
         self._timeout_s = timeout_s
-        self.learner = _group(placement.only_learner().bundles)
-        self._samplers: dict[str, PlacementGroup] = {}
-        self._found_room: set[str] = set()
-        for name in placement.sampler_names:
-            self._samplers[name] = self._group_for(name)
+        self._more: dict[str, PlacementGroup] = {}
 
-    def is_granted(self) -> bool:
-        """Whether Ray places all of it within the time."""
-        end = time.monotonic() + self._timeout_s
-        waiting = [group.ready() for group in dict.fromkeys((self.learner, *self._samplers.values()))]
-        what = f"the cluster to have room for {len(self._placement.bundles)} bundles"
-        with current_waits().waiting("controller", what, timeout_s=self._timeout_s, root=True):
-            # In slices: a signal is then acted upon at once.
-            while waiting and (left := end - time.monotonic()) > 0:
-                _, waiting = ray.wait(waiting, num_returns=len(waiting), timeout=min(left, SIGNALS_SEEN_WITHIN_S))
-        self._found_room.update(self._samplers)
-        return not waiting
-
-    async def placed_again(self) -> None:
-        """Returns when the learner ranks have live nodes: Ray moves bundles of a lost node to others if they have room.
+    async def placed_again(self, bundles: Iterable[int]) -> None:
+        """Returns when these bundles are on live nodes: Ray moves those of a lost node to others if they have room.
 
         Raises:
             ResourcesError: there is none; says what is missing.
         """
-        placement = self._placement.only_learner()
-        if not await _placed(self.learner, self._timeout_s):
-            raise ResourcesError(_node_is_gone(self._timeout_s) + shortage(placement, _available(), _live_nodes()))
+        if not await _placed(self.group, bundles, self._timeout_s):
+            raise ResourcesError(
+                f"a node with actors of this run is gone, and for {self._timeout_s:g} s no other had room for them: "
+                + shortage(self._placement, _available(), _live_nodes())
+            )
 
-    def granted_to(self, name: str) -> PlacementGroup:
-        """The room of a sampler of the beginning."""
-        return self._samplers[name]
-
-    async def room_for(self, name: str) -> PlacementGroup:
-        """That of any sampler; asked for again under the same name it is the same, on a live node.
-
-        Raises:
-            ResourcesError: there is none; says what is missing.
-        """
-        if name not in self._samplers:
-            self._samplers[name] = self._group_for(name)
-        group = self._samplers[name]
-        if not await _placed(group, self._timeout_s):
-            seen = _node_is_gone(self._timeout_s) if name in self._found_room else ""
-            if group is not self.learner:
-                remove_placement_group(self._samplers.pop(name))
-            raise ResourcesError(f"{seen}{_no_room(name, (self._bundle(),))}. Add a node, or ask for fewer samplers")
-        self._found_room.add(name)
-        return group
+    async def one_more(self, name: str, bundle: Mapping[str, float]) -> PlacementGroup:
+        """A bundle of its own for a sampler; asked for again under the same name it is the same."""
+        if name not in self._more:
+            self._more[name] = placement_group([dict(bundle)], strategy="PACK")
+        if not await _placed(self._more[name], (0,), self._timeout_s):
+            remove_placement_group(self._more.pop(name))
+            raise ResourcesError(_no_room(name, (bundle,)) + ". Add a node, or ask for fewer samplers")
+        return self._more[name]
 
     def give_back(self, name: str | None = None) -> None:
-        """The bundle of one sampler, or all bundles."""
-        groups = [*self._samplers.values(), self.learner] if name is None else [self._samplers.pop(name, self.learner)]
-        for group in dict.fromkeys(groups):
-            if group is not self.learner or name is None:
+        """The bundle of one added sampler, or all bundles."""
+        groups = [*self._more.values(), self.group] if name is None else [self._more.pop(name, None)]
+        for group in groups:
+            if group is not None:
                 remove_placement_group(group)
-
-    def _group_for(self, name: str) -> PlacementGroup:
-        shares = self._placement.colocated and name in self._placement.sampler_names
-        return self.learner if shares else _group((self._bundle(),))
-
-    def _bundle(self) -> Mapping[str, float]:
-        return self._placement.bundles[self._placement.sampler_bundles[0]]
-
-
-def _group(bundles: Iterable[Mapping[str, float]]) -> PlacementGroup:
-    group: PlacementGroup = placement_group([dict(bundle) for bundle in bundles], strategy="PACK")
-    return group
-
-
-def _node_is_gone(timeout_s: float) -> str:
-    return f"a node with actors of this run is gone, and for {timeout_s:g} s no other had room for them: "
 
 
 async def reserve(name: str, bundles: Sequence[Mapping[str, float]], timeout_s: float) -> PlacementGroup:
@@ -341,7 +315,7 @@ async def reserve(name: str, bundles: Sequence[Mapping[str, float]], timeout_s: 
     )
     try:
         group: PlacementGroup = await asyncio.shield(making)
-        if not await _placed(group, timeout_s):
+        if not await _placed(group, range(len(bundles)), timeout_s):
             raise ResourcesError(await asyncio.to_thread(_no_room, name, bundles))
     except BaseException:
         await asyncio.shield(_take_back(making))
@@ -362,14 +336,15 @@ def _no_room(name: str, bundles: Sequence[Mapping[str, float]]) -> str:
     return f"{name} needs {wanted}, each on one node; free in the cluster: {free}"
 
 
-async def _placed(group: PlacementGroup, timeout_s: float) -> bool:
+async def _placed(group: PlacementGroup, bundles: Iterable[int], timeout_s: float) -> bool:
+    wanted = tuple(bundles)
     with current_waits().waiting("Ray", f"finds room for {len(group.bundle_specs)} bundles", timeout_s=timeout_s):
         # A node that died may be noticed only now: a bundle that was there a moment ago says nothing.
         end = time.monotonic() + timeout_s
         while time.monotonic() < end:
             table: dict[str, Any] = await asyncio.to_thread(placement_group_table, group)
             nodes: dict[int, str] = table.get("bundles_to_node_id", {})
-            if all(nodes.get(bundle) for bundle in range(len(group.bundle_specs))):
+            if all(nodes.get(bundle) for bundle in wanted):
                 return True
             await asyncio.sleep(PLACEMENT_POLL_S)
     return False

@@ -29,7 +29,7 @@ IGNORE_FILES = (".gitignore", ".rayignore")
 SECRETS = (
     *(".env", ".env.*", ".netrc", "_netrc", ".pypirc", ".git-credentials", ".aws/", ".azure/", ".docker/", ".gnupg/"),
     *(".kube/", ".ssh/", "id_rsa", "id_dsa", "id_ecdsa", "id_ed25519", "*.pem", "*.key", "*.p12"),
-    *(".ray/", "*-token", "keys.txt"),
+    *(".ray/", "ray-token", "api-keys.txt"),
 )
 """What lets somebody in: a package is seen by everybody who uses the cluster. As in a .gitignore."""
 NEVER_PACKED = (
@@ -111,6 +111,8 @@ def plan_package(
         )
     else:
         files = dict(_walk(root, [*NEVER_PACKED, *excludes]))
+        if secrets := [name for name in SECRETS if any(root.glob(name.rstrip("/")))]:
+            notes.append(f"not packed, because it may let somebody in: {', '.join(secrets)} of {root}")
     where = _place_in(files, root, config_file, Path(BESIDE))
     # Relative: every node unpacks the package at a place of its own.
     inside = base_dir if base_dir.is_relative_to(root) and not is_clusters else root

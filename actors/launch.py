@@ -178,7 +178,7 @@ def _train_connected(
         actors = Actors()
         try:
             # Their imports take long; they run while the model is prepared here.
-            spawn_learner(actors, config.learner, placement, reservation.learner)
+            spawn_learner(actors, config.learner, placement, reservation.group)
             spawner = SamplerSpawner(actors, config.sampler, placement, reservation, _sampler_threads(config))
             spawner.spawn_first()
             view.waiting("the model and the task")

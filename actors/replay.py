@@ -66,7 +66,7 @@ def _replay_connected(plan: ReplayPlan, scratch: Path, stop: StopSignals, consol
         actors = Actors()
         try:
             # Its imports take long; they run while the model is prepared here.
-            spawn_learner(actors, config.learner, placement, reservation.learner)
+            spawn_learner(actors, config.learner, placement, reservation.group)
             model_dir = _initial_model(config, plan.run_dir, scratch)
             prepared = prepare(config.model_copy(update={"model": PretrainedModel(name=str(model_dir))}))
             return asyncio.run(_run(plan, actors, prepared, stop, status))

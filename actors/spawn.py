@@ -51,7 +51,7 @@ class Actors:
 
 
 class SamplerSpawner:
-    """Makes sampler actors, each in a bundle of its own, or in that of the learner where both share a GPU.
+    """Makes sampler actors: the first in the bundles of the run's placement, more of them in bundles of their own.
 
     Args:
         num_threads: OpenMP threads of a CPU engine.
@@ -73,16 +73,22 @@ class SamplerSpawner:
         self._num_threads = num_threads
 
     def spawn_first(self) -> None:
-        """All that the run begins with; their room is granted already."""
-        for name in self._placement.sampler_names:
-            self._make(name, self._reservation.granted_to(name))
+        """All of them; their room is granted already."""
+        for name, bundle in zip(self._placement.sampler_names, self._placement.sampler_bundles, strict=True):
+            self._make(name, self._reservation.group, bundle)
 
     async def spawn(self, name: str) -> Any:
         """One in place of a lost one, or one more. Raises ResourcesError when there is no room for it."""
-        return self._make(name, await self._reservation.room_for(name))
+        names = self._placement.sampler_names
+        if name in names:
+            bundle = self._placement.sampler_bundles[names.index(name)]
+            await self._reservation.placed_again((bundle,))
+            return self._make(name, self._reservation.group, bundle)
+        group = await self._reservation.one_more(name, self._placement.bundles[self._placement.sampler_bundles[0]])
+        return self._make(name, group, 0)
 
-    def _make(self, name: str, group: PlacementGroup) -> Any:
-        self._actors.samplers[name] = spawn_sampler(self._config, self._placement, group, 0, self._num_threads)
+    def _make(self, name: str, group: PlacementGroup, bundle: int) -> Any:
+        self._actors.samplers[name] = spawn_sampler(self._config, self._placement, group, bundle, self._num_threads)
         return self._actors.samplers[name]
 
 

@@ -7,14 +7,21 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
+LEAST = 1e-4
+"""What Ray counts resources in."""
+_SECTION_KEYS = {"cpu": "num_cpus", "gpu": "num_gpus"}
+_OF_RAY = ("memory", "object_store_memory", "bundle")
+
 
 def _custom(resources: dict[str, float]) -> dict[str, float]:
-    own = {"CPU": "num_cpus", "GPU": "num_gpus"}
     for name, amount in resources.items():
-        if name.upper() in own:
-            raise ValueError(f"{name} is no custom resource: give {own[name.upper()]}, where the section has that")
-        if amount <= 0:
-            raise ValueError(f"{name}: more than 0 is needed, seen {amount:g}")
+        if name.lower() in _SECTION_KEYS:
+            key = _SECTION_KEYS[name.lower()]
+            raise ValueError(f"{name} is no custom resource: give {key}, where the section has that")
+        if not name or name.lower() in _OF_RAY or ":" in name:
+            raise ValueError(f"{name!r} is a name that Ray keeps for itself; give one that nodes were started with")
+        if amount < LEAST:
+            raise ValueError(f"{name}: {LEAST:g} or more is needed, seen {amount:g}")
     return resources
 
 

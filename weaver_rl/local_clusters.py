@@ -19,6 +19,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from weaver_rl.errors import ConfigError
+from weaver_rl.process_state import GONE, ZOMBIE, process_state
 
 TOKEN_MODE = "RAY_AUTH_MODE"
 TOKEN = "RAY_AUTH_TOKEN"
@@ -60,6 +61,10 @@ class LocalCluster:
     """Those started so far, the head first."""
     ready: bool = False
     """False while it is being started, and for ever when whoever started it was killed meanwhile."""
+
+    def is_alive(self) -> bool:
+        """Whether its head's process lives."""
+        return bool(self.nodes) and process_state(self.nodes[0].pid, self.nodes[0].started_at) not in (GONE, ZOMBIE)
 
     def exports(self) -> dict[str, str]:
         """What a client of this cluster needs in its environment."""
@@ -161,7 +166,10 @@ def show_token_of(address: str | None, environment: MutableMapping[str, str] | N
     env = os.environ if environment is None else environment
     if not address:
         return
+    has_own = bool(env.get(TOKEN) or env.get(TOKEN_PATH))
     for cluster in local_clusters():
+        if has_own and not cluster.is_alive():  # at its address there may be another by now
+            continue
         if _same_place(address, cluster.address) or _same_place(address, cluster.dashboard):
             env.pop(TOKEN, None)  # Ray would take it before the path
             env.update({TOKEN_MODE: "token", TOKEN_PATH: cluster.token_file})

@@ -175,7 +175,8 @@ def shortage(placement: Placement, available: Mapping[str, float], nodes: list[M
     return (
         f"the cluster cannot place this run ({asked_and_available(placement, available)}). Lower learner.num_ranks, "
         "learner.num_cpus, sampler.num_replicas or sampler.num_cpus, share a GPU with cluster.placement colocated, or "
-        "add nodes." + (_bundle_note(unplaceable[0], nodes) if unplaceable else "")
+        "add nodes (where an autoscaler does: cluster.autoscaling)."
+        + (_bundle_note(unplaceable[0], nodes) if unplaceable else "")
     )
 
 

@@ -14,7 +14,8 @@ from typing import Annotated, Any
 from pydantic import PlainValidator
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*(::|://)")
-_PASSWORD = re.compile(r"://[^@/\s]*:[^@\s]*@")
+_PASSWORD = re.compile(r"://[^@/\s]*:(?!\d+(/|$))[^@\s]*@")
+"""A number up to a slash is a port; what follows may have an `@` of its own."""
 
 
 def is_url(text: str) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import tempfile
@@ -72,7 +71,7 @@ def test_a_run_outlives_a_node_where_there_is_another_and_else_says_what_is_miss
         ended = it.ends()
     assert ended.status == 2, ended.output
     assert "a node with actors of this run is gone" in ended.output
-    assert re.search(r"asked \d, available|needs CPU 1, each on one node; free", ended.output), ended.output
+    assert "asked 2, available" in ended.output
     assert "Traceback" not in ended.output
     assert it.audit().ok, it.audit().violations
 

@@ -8,12 +8,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 from check_parts import ROOT, TINY, cluster, node
 
 from weaver_rl import cli
 from weaver_rl.check.resources import ClusterFacts
-from weaver_rl.local_clusters import LocalCluster, cluster_files
+from weaver_rl.local_clusters import ClusterNode, LocalCluster, cluster_files
 
 pytestmark = pytest.mark.unit
 
@@ -99,6 +100,8 @@ def test_a_local_cluster_is_shown_its_token_and_not_asked_for_its_disk(
     monkeypatch.delenv("RAY_AUTH_MODE", raising=False)
     monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/nowhere")  # set back at the end, whatever the command makes of it
     files = cluster_files("default")
+    started_at = psutil.Process().create_time()
+    head = ClusterNode(name="default-0", pid=os.getpid(), started_at=started_at, num_cpus=2, log="/nowhere")
     seen: list[dict[str, str]] = []
 
     def ask(address: str, *, run_dir: str) -> ClusterFacts:
@@ -114,6 +117,7 @@ def test_a_local_cluster_is_shown_its_token_and_not_asked_for_its_disk(
                 address="127.0.0.1:41001",
                 dashboard="http://127.0.0.1:41002",
                 token_file=str(files.token),
+                nodes=(head,),
                 ready=True,
             )
         )

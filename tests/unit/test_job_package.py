@@ -139,7 +139,7 @@ SECRETS = (
     "deploy.pem",
     "id_ed25519",
     "ray-token",
-    "keys.txt",
+    "api-keys.txt",
     ".ray/auth_token",
 )
 
@@ -149,6 +149,12 @@ def test_what_lets_somebody_in_stays_here(work: Path, secret: str):
     write(work / "configs" / secret)
     config = configured(work / "configs" / "run.yaml", "[{name: task}]")
     assert set(planned(config, working_dir=work).files) == {"configs/run.yaml"}
+
+
+def test_what_is_kept_back_for_that_reason_is_said(work: Path):
+    write(work / "api-keys.txt")
+    config = configured(work / "run.yaml", "[{name: task}]")
+    assert any("api-keys.txt" in note for note in planned(config, working_dir=work).notes)
 
 
 def test_the_token_of_this_user_stays_here_whatever_its_name(work: Path, monkeypatch):
@@ -164,9 +170,9 @@ def test_the_token_of_this_user_stays_here_whatever_its_name(work: Path, monkeyp
 def test_the_tokens_that_the_documents_have_users_make_are_kept_back():
     root = Path(__file__).parents[2]
     made = re.findall(r"(?<=>)[a-z][\w.-]+", (root / "docs" / "clusters.md").read_text())
-    assert {"ray-token", "keys.txt"} <= set(made)
+    assert {"ray-token", "api-keys.txt"} <= set(made)
     ignored = (root / ".gitignore").read_text().splitlines()
-    for name in ("ray-token", "keys.txt"):
+    for name in ("ray-token", "api-keys.txt"):
         assert job_package._spec(job_package.SECRETS).match_file(name)
         assert job_package._spec(ignored).match_file(name)
 

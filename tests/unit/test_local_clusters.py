@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 from typer.testing import CliRunner
 
@@ -22,7 +24,8 @@ SERVER = Path(__file__).resolve().parents[2] / "configs" / "serve_quickstart.yam
 def written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> LocalCluster:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
     files = cluster_files("default")
-    node = ClusterNode(name="default-0", pid=4711, started_at=1767225600.25, num_cpus=2, log="/tmp/x/0.log")
+    started_at = psutil.Process().create_time()
+    node = ClusterNode(name="default-0", pid=os.getpid(), started_at=started_at, num_cpus=2, log="/tmp/x/0.log")
     cluster = LocalCluster(
         name="default",
         session="/tmp/x",
@@ -74,6 +77,16 @@ def test_a_token_for_another_cluster_is_not_shown_to_it(written: LocalCluster, f
     environment = dict(foreign)
     show_token_of("10.0.0.6:41001", environment)
     assert environment == foreign
+
+
+def test_where_its_head_is_gone_a_token_of_the_users_is_for_who_is_there_now(written: LocalCluster):
+    files = cluster_files("default")
+    dead = replace(written.nodes[0], started_at=1767225600.25)
+    with files.locked():
+        files.write(replace(written, nodes=(dead,)))
+    environment = {"RAY_AUTH_TOKEN": "mine"}
+    show_token_of(written.dashboard, environment)
+    assert environment == {"RAY_AUTH_TOKEN": "mine"}
 
 
 def test_a_server_shows_it_too(written: LocalCluster, monkeypatch: pytest.MonkeyPatch):

@@ -114,7 +114,15 @@ def test_custom_resources_are_part_of_each_bundle_of_the_role():
 
 
 @pytest.mark.parametrize(
-    ("name", "amount", "said"), [("GPU", 1, "give num_gpus"), ("cpu", 1, "num_cpus"), ("x", 0, "seen 0")]
+    ("name", "amount", "said"),
+    [
+        ("GPU", 1, "give num_gpus"),
+        ("cpu", 1, "num_cpus"),
+        ("x", 0, "seen 0"),
+        ("x", 1e-5, "0.0001 or more"),
+        ("memory", 1e9, "for itself"),
+        ("node:a", 1, "for itself"),
+    ],
 )
 def test_a_custom_resource_is_none_of_rays_own_and_more_than_nothing(name: str, amount: float, said: str):
     for section in (LearnerConfig, SamplerConfig):
