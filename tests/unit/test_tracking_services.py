@@ -16,6 +16,7 @@ import pytest
 
 from weaver_rl.metrics import MetricsWriter, read_metrics
 from weaver_rl.run_folder import RunFolder
+from weaver_rl.tracking import wandb_run
 from weaver_rl.tracking.background import read_sent
 from weaver_rl.tracking.config import MlflowConfig, TrackingConfig, WandbConfig
 from weaver_rl.tracking.mlflow_run import MlflowRun
@@ -217,6 +218,14 @@ def test_wandb_gets_from_a_resumed_run_what_an_outage_kept_from_it_and_nothing_t
         for name in line.keys() - {"_step", "_runtime", "_timestamp"}:
             found.setdefault(name, []).append((line["_step"], line[name]))
     assert found == expected(folder)
+
+
+def test_that_wandbs_process_was_killed_is_not_how_this_one_ends():
+    class Killed:
+        def teardown(self) -> None:
+            sys.exit(247)
+
+    wandb_run._tear_down(Killed())
 
 
 TRIED_AGAIN = """

@@ -138,7 +138,8 @@ def _set_up(wandb: Any) -> None:
 def _tear_down(wandb: Any) -> None:
     try:
         wandb.teardown()
-    except Exception as error:  # noqa: BLE001 - boundary: else it fails when the process ends, with a traceback
+    # Boundary: else it fails when the process ends, with a traceback. It exits with the status of its process.
+    except (Exception, SystemExit) as error:  # noqa: BLE001
         _log.info("W&B was ended with its process killed: %s", error)
 
 
