@@ -138,8 +138,8 @@ def _set_up(wandb: Any) -> None:
 def _tear_down(wandb: Any) -> None:
     try:
         wandb.teardown()
-    # Boundary: else it fails when the process ends, with a traceback. It exits with the status of its process.
-    except (Exception, SystemExit) as error:  # noqa: BLE001
+    # It exits with the status of its process. What it does not do now fails when this process ends, with a traceback.
+    except (Exception, SystemExit) as error:  # noqa: BLE001 - boundary: the service's own end
         _log.info("W&B was ended with its process killed: %s", error)
 
 
