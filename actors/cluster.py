@@ -128,7 +128,7 @@ def _local_cluster(logs: Path, stop: StopSignals) -> Iterator[None]:
     try:
         _start_ray(session, stop)
         yield
-    except BaseException:
+    except BaseException:  # boundary: cleans up, then raises again
         with contextlib.suppress(OSError):
             shutil.copytree(
                 session / "session_latest" / "logs", logs / "ray", dirs_exist_ok=True, ignore_dangling_symlinks=True
@@ -317,7 +317,7 @@ async def reserve(name: str, bundles: Sequence[Mapping[str, float]], timeout_s: 
         group: PlacementGroup = await asyncio.shield(making)
         if not await _placed(group, range(len(bundles)), timeout_s):
             raise ResourcesError(await asyncio.to_thread(_no_room, name, bundles))
-    except BaseException:
+    except BaseException:  # boundary: cleans up, then raises again
         await asyncio.shield(_take_back(making))
         raise
     return group

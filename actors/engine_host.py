@@ -253,7 +253,7 @@ class EngineHost:
             while told != self._paused:  # it may change while the engine is told
                 told = self._paused
                 await engine.pause(told)
-        except BaseException:
+        except BaseException:  # boundary: cleans up, then raises again
             await asyncio.shield(engine.end(kill=True))
             raise
         self._engine = engine

@@ -86,7 +86,7 @@ class EngineProcess:
         except WeaverRLError as error:
             await asyncio.shield(_end(actor, room, kill=True))
             raise _start_failure(spec.name, error) from error
-        except BaseException:
+        except BaseException:  # boundary: cleans up, then raises again
             await asyncio.shield(_end(actor, room, kill=True))
             raise
         replica = RaySampler(

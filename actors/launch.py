@@ -135,7 +135,7 @@ def _reported(claim: RunClaim, stop: StopSignals) -> Iterator[None]:
     """However the block ends, the run folder says so and has a report of what there is."""
     try:
         yield
-    except BaseException as error:
+    except BaseException as error:  # boundary: cleans up, then raises again
         # A second failure here, of a full disk for example, must not hide the first.
         with stop.deferred(), contextlib.suppress(OSError, WeaverRLError):
             claim.end(*ending(error))
@@ -195,7 +195,7 @@ def _train_connected(
                 meter=audience.meter,
             )
             return asyncio.run(_run(config, claim, view, audience, cast, watch, resume, stop))
-        except BaseExceptionGroup as errors:
+        except BaseExceptionGroup as errors:  # boundary: the first of several is the reason
             raise first_error(errors) from errors
         finally:
             with stop.deferred(), waits.waiting("controller", "actors to end", root=True):

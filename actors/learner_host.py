@@ -148,7 +148,7 @@ class LearnerHost:
                 chunk_bytes=CHUNK_BYTES,
                 name=self.name,
             )
-        except BaseException as error:
+        except BaseException as error:  # boundary: cleans up, then raises again
             await self._end()
             if isinstance(error, BaseExceptionGroup):
                 raise first_error(error) from error

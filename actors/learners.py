@@ -173,7 +173,7 @@ class RayLearners:
         host = self._whole[model_id]
         try:
             group = await host.group()
-        except BaseException:
+        except BaseException:  # boundary: cleans up, then raises again
             self._whole.pop(model_id, None)
             raise
         return HostedModel(host, group, group)

@@ -119,7 +119,7 @@ def start_cluster(files: ClusterFiles, shape: ClusterShape) -> LocalCluster:
             cluster = replace(cluster, ready=True)
             files.write(cluster)
             stop.check()
-        except BaseException:
+        except BaseException:  # boundary: cleans up, then raises again
             with stop.deferred():
                 _end(files.read() or cluster)
                 files.remove()

@@ -86,7 +86,7 @@ class RankFiles:
 
     async def _forget(self, ranks: Sequence[Any], copies: dict[int, Path]) -> None:
         for rank, path in copies.items():
-            with contextlib.suppress(Exception):  # a rank that is lost: its node removes them another day
+            with contextlib.suppress(Exception):  # boundary: a lost rank; its node removes them another day
                 await self._ask(ranks, [rank], "remove_files", "removing its copy of files", path)
 
     async def _ask(
@@ -119,7 +119,7 @@ class FilesOfRank:
         copy = Path(tempfile.mkdtemp(prefix="in-", dir=_parent()))
         try:
             fetch(place, describe_there(place, _all), copy)
-        except BaseException:
+        except BaseException:  # boundary: cleans up, then raises again
             shutil.rmtree(copy, ignore_errors=True)
             raise
         return copy

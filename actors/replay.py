@@ -70,7 +70,7 @@ def _replay_connected(plan: ReplayPlan, scratch: Path, stop: StopSignals, consol
             model_dir = _initial_model(config, plan.run_dir, scratch)
             prepared = prepare(config.model_copy(update={"model": PretrainedModel(name=str(model_dir))}))
             return asyncio.run(_run(plan, actors, prepared, stop, status))
-        except BaseExceptionGroup as errors:
+        except BaseExceptionGroup as errors:  # boundary: the first of several is the reason
             raise first_error(errors) from errors
         finally:
             with stop.deferred():

@@ -160,7 +160,7 @@ class RayRewardFactory:
             identity = await answer(
                 actor.identity.remote(), actor=name, doing="saying which process it is", timeout_s=self._timeout_s
             )
-        except BaseException:
+        except BaseException:  # boundary: cleans up, then raises again
             await asyncio.shield(end_actor(actor, kill=True))
             raise
         self.replicas[name] = RayRewardWorker(

@@ -141,7 +141,7 @@ class RaySamplerFactory:
             identity = await answer(
                 actor.identity.remote(), actor=name, doing="saying which process it is", timeout_s=self._load_timeout_s
             )
-        except BaseException:
+        except BaseException:  # boundary: cleans up, then raises again
             await asyncio.shield(end_actor(actor, kill=True))
             raise
         self.replicas[name] = RaySampler(

@@ -52,7 +52,7 @@ def serve(config: ServeConfig, console: Console) -> None:
         prepared = prepare_lineup(config, config.state_dir)
         try:
             asyncio.run(_serve(config, keys, files, prepared, console, stop, meter))
-        except BaseExceptionGroup as errors:
+        except BaseExceptionGroup as errors:  # boundary: the first of several is the reason
             raise first_error(errors) from errors
 
 

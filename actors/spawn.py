@@ -46,7 +46,7 @@ class Actors:
         ranks = list(self.learner_ranks)
         self.learner_ranks.clear()
         for rank in ranks:
-            with contextlib.suppress(Exception):
+            with contextlib.suppress(Exception):  # boundary: one that is dead cannot be ended again
                 await end_actor(rank, kill=True)
 
 

@@ -81,7 +81,7 @@ class Checkpoints:
         directory = await asyncio.to_thread(writing.__enter__)
         try:
             yield directory
-        except BaseException as error:
+        except BaseException as error:  # boundary: cleans up, then raises again
             if not await asyncio.to_thread(writing.__exit__, type(error), error, error.__traceback__):
                 raise
         else:

@@ -131,7 +131,7 @@ class Controller:
         """Trains to the end and leaves the policy in the run folder; with `resume`, from the newest checkpoint."""
         try:
             summary = await self._run(resume)
-        except BaseException as error:
+        except BaseException as error:  # boundary: cleans up, then raises again
             state, reason = ending(error)
             if state != "running":
                 with contextlib.suppress(JournalError):  # a second failure must not hide the first

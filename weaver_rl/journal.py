@@ -325,7 +325,7 @@ def read_events(path: Path, after: int = 0) -> Iterator[JournalEvent]:
             if not _has_tables(connection):
                 raise JournalError(f"the journal {path} has no events: its run has not begun")
             _require_journal(connection, path)
-        except BaseException:
+        except BaseException:  # boundary: cleans up, then raises again
             connection.close()
             raise
     return _rows(connection, path, after)
@@ -375,7 +375,7 @@ def _open_for_writing(path: Path) -> sqlite3.Connection:
             # An empty write: the WAL file is there from now on, and a disk that takes nothing says so at once.
             with _transaction(connection):
                 connection.execute(f"PRAGMA user_version = {_FORMAT}")
-        except BaseException:
+        except BaseException:  # boundary: cleans up, then raises again
             connection.close()
             raise
     return connection
@@ -387,7 +387,7 @@ def _transaction(connection: sqlite3.Connection) -> Iterator[None]:
     try:
         yield
         connection.execute("COMMIT")
-    except BaseException:
+    except BaseException:  # boundary: cleans up, then raises again
         with contextlib.suppress(sqlite3.Error):
             connection.execute("ROLLBACK")
         raise

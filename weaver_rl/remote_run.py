@@ -79,7 +79,7 @@ def mirrored(
         sizes = remote.sizes()
         _refuse(remote, folder, before, sizes, resume, overwrite, check)
         lease.take(before)
-    except BaseException as error:
+    except BaseException as error:  # boundary: cleans up, then raises again
         if is_new:
             _forget(folder)
         if isinstance(error, FilesError):
@@ -93,7 +93,7 @@ def mirrored(
         lease.remove(undone)
         mirror = RunMirror(folder, remote, lease, keep=keep, sent=sent, tell=tell)
         mirror.start()
-    except BaseException:
+    except BaseException:  # boundary: cleans up, then raises again
         with contextlib.suppress(FilesError):
             lease.release()
         if is_new:
@@ -195,7 +195,7 @@ def _begin(
     _clear(folder.path)
     try:
         return _bring(remote, folder, before, sizes, tell, check)
-    except BaseException:
+    except BaseException:  # boundary: cleans up, then raises again
         _clear(folder.path)  # a part of a run must not be taken for one
         raise
 

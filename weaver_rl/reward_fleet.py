@@ -81,7 +81,7 @@ class RewardFleet:
                 reason = str(error)
                 self._on_lost(replica.name, reason)
                 self._spawn(self._replace(replica))
-            except BaseException:
+            except BaseException:  # boundary: cleans up, then raises again
                 self._free.put_nowait(replica)
                 raise
             else:

@@ -242,7 +242,7 @@ class RunFolder:
             raise ConfigError(f"run_dir: {self.path} cannot be written ({error.strerror})") from error
         try:
             return self._begin(lock, resume=resume, overwrite=overwrite)
-        except BaseException:
+        except BaseException:  # boundary: cleans up, then raises again
             lock.close()
             raise
 

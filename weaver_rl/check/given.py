@@ -38,7 +38,7 @@ class Given(Generic[T]):
                 raise self._failure
             if not self._made:
                 self._made.append(self._make())
-        except Exception as error:
+        except Exception as error:  # boundary: cleans up, then raises again
             self._failure = error
             raise
         finally:

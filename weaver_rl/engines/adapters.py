@@ -91,7 +91,7 @@ class LoadedAdapters:
         request = LoRARequest(f"{number}:{adapter.name}", number, str(adapter.directory.absolute()))
         try:
             self._engine.add_lora(request)
-        except Exception as error:
+        except Exception as error:  # boundary: whatever vLLM says
             self._engine.remove_lora(number)
             raise EngineError(f"adapter {adapter.name} in {adapter.directory} cannot be loaded: {error}") from error
         return LoadedAdapter(adapter, request)

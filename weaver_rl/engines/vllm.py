@@ -126,7 +126,7 @@ class VllmEngine:
             for index, seed in enumerate(request.seeds_G):
                 params = self._params(request, sampling, seed, is_first=index == 0)
                 group.vllm_ids.append(self._add(f"{name}/{index}", request.token_ids_P, params, group.adapter))
-        except Exception as error:
+        except Exception as error:  # boundary: whatever vLLM says
             self._drop(group)
             raise EngineError(f"{self.name}: {name}: vLLM refuses it: {error}") from error
         self._groups[name] = group
@@ -268,7 +268,7 @@ class VllmEngine:
             params = _score_params(temperature, None if has_room else score.token_ids[-1])
             try:
                 score.vllm_id = self._add(score_id, prompt, params, score.adapter)
-            except Exception as error:
+            except Exception as error:  # boundary: whatever vLLM says
                 self._let_go(score.adapter)
                 raise EngineError(f"{self.name}: {score_id}: vLLM refuses it: {error}") from error
         self._scores[score_id] = score

@@ -59,7 +59,7 @@ class Adapters:
         self.switch_to(None)
         try:
             adapter = self._made(name, config, key, modules, self._targets.head)
-        except BaseException:
+        except BaseException:  # boundary: cleans up, then raises again
             self._delete(key)
             raise
         self._by_name[name] = self._active = adapter

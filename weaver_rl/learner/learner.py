@@ -102,7 +102,7 @@ class Learner:
                 chunk_tokens=config.logprob_chunk_tokens,
                 activation_checkpointing=config.activation_checkpointing,
             )
-        except BaseException:
+        except BaseException:  # boundary: cleans up, then raises again
             self.close()
             raise
         self._adapters = Adapters(self._policy, self._ranks, self._model_dir)
@@ -118,7 +118,7 @@ class Learner:
         adapter = self._adapters.add(name, config)
         try:
             learner._train(adapter)
-        except BaseException:
+        except BaseException:  # boundary: cleans up, then raises again
             self._adapters.remove(name)
             raise
         return learner
@@ -186,7 +186,7 @@ class Learner:
                 metrics=metrics,
             )
         # Up to the answer: who is told that it failed sends the data again.
-        except BaseException as error:
+        except BaseException as error:  # boundary: cleans up, then raises again
             self.zero_grad()
             if isinstance(error, BatchError):
                 raise BatchError(f"{error}; {DROPPED}") from error

@@ -120,7 +120,7 @@ class RewardWorker:
     async def __aenter__(self) -> Self:
         try:
             await self.start()
-        except BaseException:
+        except BaseException:  # boundary: cleans up, then raises again
             self.kill()
             raise
         return self

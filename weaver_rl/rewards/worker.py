@@ -123,7 +123,7 @@ class Scorer:
             value, missing = to_reward(await reward.call(rollout))
         except MemoryError:
             raise
-        except BaseException as error:
+        except BaseException as error:  # boundary: cleans up, then raises again
             # Boundary: what a user's coroutine raises is this rollout's missing reward; our own cancellation passes.
             task = asyncio.current_task()
             if task is not None and task.cancelling():

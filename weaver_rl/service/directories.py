@@ -75,7 +75,7 @@ class Directories:
             await _to_the_end(aside.mkdir)
             yield aside
             await _to_the_end(partial(self._put_in_place, aside, target))
-        except BaseException as error:
+        except BaseException as error:  # boundary: cleans up, then raises again
             await _to_the_end(partial(self._discard, aside, target))
             # Those two are OSErrors as well, of something else that the block waited for.
             if isinstance(error, OSError) and not isinstance(error, (TimeoutError, ConnectionError)):

@@ -94,7 +94,7 @@ class Store:
         try:
             with self._database.reader.begin() as connection:
                 return work(connection)
-        except Exception as error:
+        except Exception as error:  # boundary: whatever the store says
             raise as_service_error(error) from error
 
     # -- sessions and metrics --------------------------------------------------------------------------------------

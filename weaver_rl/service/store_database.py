@@ -66,7 +66,7 @@ def open_database(url: str) -> Database:
         try:
             with writer.begin() as connection:
                 _require_layout(connection, name)
-        except BaseException:
+        except BaseException:  # boundary: cleans up, then raises again
             writer.dispose()
             raise
         if lock is not None:
@@ -74,7 +74,7 @@ def open_database(url: str) -> Database:
     except (SQLAlchemyError, OSError) as error:
         _release(lock)
         raise ConfigError(f"the database {name} cannot be used: {reason(error)}") from error
-    except BaseException:
+    except BaseException:  # boundary: cleans up, then raises again
         _release(lock)
         raise
     return Database(name=name, writer=writer, reader=reader, lock=lock)

@@ -83,7 +83,7 @@ def tracked(
     ]
     try:
         yield tuple(sinks)
-    except BaseException as error:
+    except BaseException as error:  # boundary: cleans up, then raises again
         with in_peace():
             _close(sinks, error, config.end_timeout_s)
         raise

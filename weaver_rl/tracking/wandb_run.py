@@ -65,7 +65,7 @@ class WandbRun:
                     _set_up(wandb)
                 try:
                     self._run = self._init(wandb, run_id, run, directory)
-                except Exception:
+                except Exception:  # boundary: cleans up, then raises again
                     _tear_down(wandb)  # its process would hold the run's id, and every later try be refused
                     raise
             return str(self._run.id)
